@@ -1,0 +1,75 @@
+"""What to quantize and how: frozen descriptions that refuse what is impossible when they are built."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+Bits = Literal[2, 3, 4, 8]
+Order = Literal["natural", "act", "group"]
+Search = Literal["minmax", "mse"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An exception for the linears whose checkpoint name matches `pattern` from its start (as `re.match` does).
+
+    `config` replaces the whole configuration of these linears; None leaves them unquantized.
+    """
+
+    pattern: str
+    config: "QuantConfig | None" = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"Rule pattern {self.pattern!r} is not a regular expression: {error}.") from None
+        if self.config is not None and self.config.rules:
+            raise ValueError(f"Rule {self.pattern!r}: its config has rules of its own; put all rules into the outer config.")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How to quantize. Hashable: it is a key of compiled programs."""
+
+    bits: Bits = 4
+    """Bits of one code."""
+    group_size: int | None = 128
+    """Consecutive inputs that share a scale; None means that a whole row does."""
+    sym: bool = True
+    """Symmetric grids: the zero point is the middle code. False lets every group choose its own."""
+    damp: float = 0.01
+    """Added to the Hessian's diagonal, relative to the diagonal's mean; raised where the factorization fails."""
+    order: Order = "group"
+    """Order of the columns: as stored, by importance ("act", known as desc_act), or by importance inside and among
+    the stored groups ("group": nearly as good as "act", and every engine loads the result)."""
+    static_groups: bool = False
+    """Take all scales from the original weights, by stored position, before the first column is rounded."""
+    grid: Search = "mse"
+    """How a group's scale is chosen: cover the range, or search for the least squared rounding error."""
+    sequential: bool = True
+    """Linears of one block see the rounding errors of those before them."""
+    rules: tuple[Rule, ...] = ()
+    """Exceptions by name; the first match wins."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("bits", Bits), ("order", Order), ("grid", Search)):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be positive, or None for one group a row, got {self.group_size}.")
+        if not 0 <= self.damp < 1:
+            raise ValueError(f"damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got {self.damp}.")
+
+    def resolve(self, name: str) -> "QuantConfig | None":
+        """The configuration of the linear called `name`, without rules; None when it stays as it is."""
+        for rule in self.rules:
+            if re.match(rule.pattern, name):
+                return rule.config
+        return replace(self, rules=())
+
+    @property
+    def max_code(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1

@@ -1,0 +1,203 @@
+"""Quantizing a model block by block: each block sees its inputs as the quantized blocks before it make them."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from gptq_fn._config import QuantConfig
+from gptq_fn._hessian import Hessian, add_rows, empty
+from gptq_fn._quantized import QuantizedLinear, dequantize
+from gptq_fn._report import LinearReport, Report
+from gptq_fn._solve import factor, round_to_nearest, solve
+from gptq_fn.model.block import BlockParams, State, advance, enter
+from gptq_fn.model.decoder import Params, embed
+from gptq_fn.spec import TAPS, BlockSpec, ModelSpec, Tap
+
+TOKENS_PER_CALL = 2048
+"""Calibration tokens that pass through a block at once: enough to keep matrix products busy."""
+
+Batches = Sequence[Float[Array, "samples time width"]]
+
+
+class Quantized(NamedTuple):
+    """A quantized model: `params` has QuantizedLinear leaves where linears were quantized."""
+
+    params: Params
+    spec: ModelSpec
+    report: Report
+
+
+def quantize(params: Params, spec: ModelSpec, calib: Int[Array, "samples time"], config: QuantConfig | None = None) -> Quantized:
+    """GPTQ on a whole model in memory.
+
+    `params` is {"top": {role: {"weight", "bias"}}, "blocks": [{role: {"weight", "bias"}}]} with weights [out, in];
+    `calib` holds token ids, without padding. Computation runs in the dtype of the embedding. Raises ValueError where
+    weights or activations are not finite.
+    """
+    config = config or QuantConfig()
+    done = list(quantize_blocks(spec, params["blocks"], embed_batches(spec, params["top"], calib), config))
+    report = Report(config, tuple(r for _, reports in done for r in reports))
+    return Quantized({"top": params["top"], "blocks": [p for p, _ in done]}, spec, report)
+
+
+def embed_batches(spec: ModelSpec, top: Mapping[str, Any], calib: Int[Array, "samples time"]) -> Batches:
+    """What enters the first block, in batches of about TOKENS_PER_CALL tokens and of one shape."""
+    samples, length = calib.shape
+    limit = max(1, min(samples, TOKENS_PER_CALL // length))
+    size = next(size for size in range(limit, 0, -1) if samples % size == 0)
+    return [embed(spec, top, jnp.asarray(calib[i : i + size])) for i in range(0, samples, size)]
+
+
+def quantize_blocks(
+    spec: ModelSpec, blocks: Iterable[BlockParams], xs: Batches, config: QuantConfig
+) -> Iterator[tuple[BlockParams, tuple[LinearReport, ...]]]:
+    """Each block of `blocks` quantized, with reports, in order; one block at a time is asked for.
+
+    `xs` is what enters the first block. Raises ValueError as `quantize` does, naming the linear and the sample.
+    """
+    for i, (block_spec, p) in enumerate(zip(spec.blocks, blocks, strict=True)):
+        names = {linear.role: spec.name_of(i, linear) for linear in block_spec.linears}
+        chosen = {linear.role: config.resolve(names[linear.role]) for linear in block_spec.linears if linear.quantize}
+        plan = {role: found for role, found in chosen.items() if found is not None}
+        quantized, reports, xs = quantize_block(block_spec, p, xs, plan, names, sequential=config.sequential)
+        yield quantized, reports
+
+
+def quantize_block(
+    spec: BlockSpec,
+    p: BlockParams,
+    xs: Batches,
+    plan: Mapping[str, QuantConfig],
+    names: Mapping[str, str],
+    *,
+    sequential: bool = True,
+) -> tuple[BlockParams, tuple[LinearReport, ...], Batches]:
+    """The block with the roles of `plan` quantized, their reports, and what leaves the quantized block.
+
+    Where `sequential`, the linears at a tap are solved before the next tap is computed; else all taps are computed from
+    the float block first.
+    """
+    running, result, reports = dict(p), dict(p), []
+    states = [_enter(spec, p, x) for x in xs]
+    for taps in ((tap,) for tap in TAPS) if sequential else (TAPS,):
+        gathered = {}
+        ahead = list(states)
+        for k, tap in enumerate(taps):
+            if k:
+                _advance_all(spec, running, ahead, taps[k - 1])
+            if roles := [x.role for x in spec.linears if x.tap == tap and x.role in plan]:
+                gathered[tap] = roles, _gather(ahead, names[roles[0]])
+        del ahead
+        for roles, h in gathered.values():
+            for role, q, report in _solve_stage(running, roles, h, plan, names):
+                result[role] = q
+                running[role] = {"weight": dequantize(q)} if q.bias is None else {"weight": dequantize(q), "bias": q.bias}
+                reports.append(report)
+        for tap in taps:
+            _advance_all(spec, running, states, tap)
+    return result, tuple(reports), [state.x for state in states]
+
+
+@partial(jax.jit, static_argnames="spec")
+def _enter(spec: BlockSpec, p: BlockParams, x: Array) -> State:
+    return enter(spec, p, x)
+
+
+@partial(jax.jit, static_argnames=("spec", "tap"))
+def _advance(spec: BlockSpec, p: BlockParams, state: State, tap: Tap) -> State:
+    return advance(spec, p, state, tap)[0]
+
+
+def _advance_all(spec: BlockSpec, p: BlockParams, states: list[State], tap: Tap) -> None:
+    """Move every state on from `tap`, in place: only one state exists twice at a time."""
+    for i, state in enumerate(states):
+        states[i] = _advance(spec, p, state, tap)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add(h: Hessian, x: Float[Array, "samples time features"]) -> tuple[Hessian, Bool[Array, " samples"]]:
+    return add_rows(h, x), jnp.isfinite(x).all((1, 2))
+
+
+def _gather(states: Sequence[State], name: str) -> Hessian:
+    """The Hessian of what enters the linear `name`. Raises ValueError naming the first sample that is not finite."""
+    h, finite = empty(states[0].tap.shape[-1]), []
+    for state in states:
+        h, fine = _add(h, state.tap)
+        finite.append(fine)
+    fine = np.concatenate([np.asarray(f) for f in finite])
+    if not fine.all():
+        raise ValueError(
+            f"{name}: calibration sample {int(fine.argmin())} makes its input infinite or NaN. "
+            "Check the sample and the model's weights; a float16 model may need bfloat16 or float32."
+        )
+    return h
+
+
+def _solve_stage(
+    p: BlockParams, roles: Sequence[str], h: Hessian, plan: Mapping[str, QuantConfig], names: Mapping[str, str]
+) -> Iterator[tuple[str, QuantizedLinear, LinearReport]]:
+    """The quantized linears that read one input. Those of one configuration are solved together, as rows of one matrix."""
+    alike: dict[QuantConfig, list[str]] = defaultdict(list)
+    for role in roles:
+        alike[plan[role]].append(role)
+    for config, together in alike.items():
+        began = time.perf_counter()
+        for role in together:
+            if not bool(jnp.isfinite(p[role]["weight"]).all()):
+                raise ValueError(f"{names[role]}: its weight holds infinite or NaN values; the checkpoint is damaged.")
+        w = jnp.concatenate([p[role]["weight"].astype(jnp.float32) for role in together])
+        if w.shape[1] != len(h.xx):
+            raise ValueError(
+                f"{names[together[0]]}: its weight has {w.shape[1]} inputs but {len(h.xx)} features enter it. "
+                "Weights are [out, in]; a Conv1D checkpoint needs stored='in_out' in its LinearSpec."
+            )
+        f = factor(h, config)
+        if not bool(jnp.isfinite(f.damp)):
+            raise ValueError(f"{names[together[0]]}: its Hessian cannot be factorized at any damping; its inputs may overflow float32.")
+        q, _ = solve(w, f, config)
+        errors, rtn_errors = _errors(w, q, h), _errors(w, round_to_nearest(w, config), h)
+        if not bool(jnp.isfinite(q.scale).all()):
+            raise ValueError(
+                f"{names[together[0]]}: a scale overflows float16, the type that checkpoints store; its weights are too large."
+            )
+        seconds, start = time.perf_counter() - began, 0
+        for role in together:
+            rows = slice(start, start + p[role]["weight"].shape[0])
+            start = rows.stop
+            mine = QuantizedLinear(q.codes[rows], q.scale[rows], q.zero[rows], q.group_of, q.bits, p[role].get("bias"))
+            report = LinearReport(
+                name=names[role],
+                bits=config.bits,
+                group_size=config.group_size,
+                shape=mine.shape,
+                rows=int(h.rows),
+                dead=int(f.dead.sum()),
+                error=_total(errors, rows),
+                rtn_error=_total(rtn_errors, rows),
+                damp=float(f.damp),
+                seconds=seconds * mine.shape[0] / len(w),
+            )
+            yield role, mine, report
+
+
+@jax.jit
+def _errors(w: Float[Array, "out in"], q: QuantizedLinear, h: Hessian) -> Float[Array, "two out"]:
+    """For each row, the squared norms of its output error and of its output over the calibration inputs."""
+
+    def squared(rows: Array) -> Array:
+        return (jnp.matmul(rows, h.xx, precision=jax.lax.Precision.HIGHEST) * rows).sum(1)
+
+    return jnp.stack([squared(w - dequantize(q)), squared(w)])
+
+
+def _total(errors: Float[Array, "two out"], rows: slice) -> float:
+    lost, whole = np.asarray(errors[:, rows], np.float64).sum(1)
+    return float(np.sqrt(max(lost, 0.0) / whole)) if whole > 0 else 0.0

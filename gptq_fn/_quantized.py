@@ -1,0 +1,48 @@
+"""The result of quantizing one linear layer: codes, scales and zero points as plain arrays."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero", "group_of", "bias"], meta_fields=["bits"])
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A weight [out, in] with `weight[o, i] = scale[o, g] * (codes[o, i] - zero[o, g])`, `g = group_of[i]`."""
+
+    codes: UInt8[Array, "out in"]
+    scale: Float[Array, "out groups"]
+    zero: UInt8[Array, "out groups"]
+    group_of: Int[Array, " in"]
+    bits: int
+    bias: Float[Array, " out"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.codes.shape
+
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with these arrays, in sentences; empty for a valid linear. Reads values: not for use under jit."""
+        found = []
+        out, groups = self.scale.shape
+        if self.zero.shape != self.scale.shape or self.codes.shape[0] != out:
+            found.append(f"codes {self.codes.shape}, scale {self.scale.shape} and zero {self.zero.shape} do not belong together.")
+        if self.group_of.shape != self.codes.shape[1:]:
+            found.append(f"group_of has shape {self.group_of.shape} but there are {self.codes.shape[1]} inputs.")
+        elif self.group_of.size and not 0 <= int(self.group_of.min()) <= int(self.group_of.max()) < groups:
+            found.append(f"group_of reaches from {self.group_of.min()} to {self.group_of.max()} but there are {groups} groups.")
+        if self.codes.size and int(self.codes.max()) >= 2**self.bits:
+            found.append(f"the largest code is {self.codes.max()}, which does not fit {self.bits} bits.")
+        if not bool(jnp.isfinite(self.scale).all()):
+            found.append("a scale is not finite.")
+        return tuple(found)
+
+
+def dequantize(q: QuantizedLinear) -> Float[Array, "out in"]:
+    """The weight that `q` stands for, in float32."""
+    levels = q.codes.astype(jnp.float32) - q.zero.astype(jnp.float32)[:, q.group_of]
+    return q.scale.astype(jnp.float32)[:, q.group_of] * levels

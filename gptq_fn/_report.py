@@ -1,0 +1,68 @@
+"""What happened to each linear layer: plain data."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gptq_fn._config import QuantConfig
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One quantized linear. Errors are ||(W - Q) X|| / ||W X|| over the calibration inputs X, without unit."""
+
+    name: str
+    bits: int
+    group_size: int | None
+    shape: tuple[int, int]
+    """(out, in)."""
+    rows: int
+    """Calibration tokens that reached it."""
+    dead: int
+    """Inputs that were 0 for all of them; their weights became 0."""
+    error: float
+    rtn_error: float
+    """The error that rounding to nearest would have made."""
+    damp: float
+    """The damping that the factorization needed, relative to the Hessian's mean diagonal."""
+    seconds: float
+    """Time of its factorization and solution, shared among the linears of one stage by their rows."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The configuration and every quantized linear in forward order."""
+
+    config: QuantConfig
+    linears: tuple[LinearReport, ...]
+
+    def worst(self, n: int = 5) -> tuple[LinearReport, ...]:
+        """The `n` linears with the largest errors, the worst first."""
+        return tuple(sorted(self.linears, key=lambda x: -x.error)[:n])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of codes, 16-bit scales and zero points, per quantized weight."""
+        weights = sum(x.shape[0] * x.shape[1] for x in self.linears)
+        return sum(_bits(x) for x in self.linears) / max(weights, 1)
+
+    def table(self, linears: Iterable[LinearReport] | None = None) -> str:
+        """A text table of these linears; of all of them by default."""
+        head = ("linear", "bits", "error", "rounding", "damp", "dead", "rows", "seconds")
+        body = [
+            (x.name, str(x.bits), f"{x.error:.4f}", f"{x.rtn_error:.4f}", f"{x.damp:.3g}", str(x.dead), str(x.rows), f"{x.seconds:.2f}")
+            for x in (self.linears if linears is None else linears)
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        lines = [(row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))) for row in (head, *body)]
+        return "\n".join("  ".join(line) for line in lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        return asdict(self)
+
+
+def _bits(x: LinearReport) -> int:
+    out, inputs = x.shape
+    groups = 1 if x.group_size is None else -(-inputs // x.group_size)
+    return out * (inputs * x.bits + groups * (16 + x.bits))

@@ -1,0 +1,220 @@
+"""GPTQ on one weight matrix (Frantar et al. 2022, arXiv 2210.17323): factor the Hessian, then round column by column.
+
+Columns are rounded in an order of our choice. The rounding error of a column, divided by the diagonal of the inverse
+factor, is subtracted from all columns not rounded yet, along that column's row of the factor (the paper's equation 3
+and algorithm 1). Blocks of columns are nested so that far columns are updated by matrix products; a group's scale is
+taken when its block is entered, from weights that have every earlier update.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gptq_fn._config import QuantConfig
+from gptq_fn._grid import SCALE_DTYPE, Grid, decode, encode, find_grid
+from gptq_fn._hessian import Hessian
+from gptq_fn._quantized import QuantizedLinear
+
+_PANEL, _STRIP = 128, 16
+"""Columns whose updates stay inside a block: the panel fits the second level of cache, the strip the first."""
+_LARGEST_DAMP = 1.0
+
+Find = Callable[[Float[Array, "columns out"], Int[Array, ""]], Grid]
+"""The grid of a block of weights, from these weights and the position of their first column."""
+
+
+class Factor(NamedTuple):
+    """What `solve` needs of a Hessian H: `upper` with (H + damping)^-1 = upper^T upper, in processing order.
+
+    `order[p]` is the stored column that is processed p-th; `dead` marks, in stored order, inputs that were always 0;
+    `damp` is the damping that was used, relative to the mean of H's diagonal; it is not finite if no damping helped.
+    """
+
+    upper: Float[Array, "in in"]
+    dead: Bool[Array, " in"]
+    order: Int[Array, " in"]
+    damp: Float[Array, ""]
+
+
+@partial(jax.jit, static_argnames="config")
+def factor(h: Hessian, config: QuantConfig) -> Factor:
+    """The factor of the damped inverse Hessian, with columns in the order that `config` asks for.
+
+    One Cholesky is enough: with H = R R^T and R upper triangular (a Cholesky from the last column to the first),
+    U = R^-1 satisfies H^-1 = U^T U. Damping starts at `config.damp` and doubles until the factor is finite.
+    """
+    n = len(h.xx)
+    diagonal = jnp.diagonal(h.xx)
+    dead = diagonal <= 0
+    mean = diagonal.sum() / jnp.maximum((~dead).sum(), 1).astype(diagonal.dtype)
+    order = _processing_order(diagonal, config)
+    live = jnp.where(dead, mean, diagonal)[order]
+    xx = h.xx[order][:, order]
+
+    def attempt(damp: Float[Array, ""]) -> Float[Array, "in in"]:
+        damped = xx.at[jnp.arange(n), jnp.arange(n)].set(live + damp * mean)
+        reversed_lower = jnp.linalg.cholesky(damped[::-1, ::-1])
+        return jax.scipy.linalg.solve_triangular(reversed_lower[::-1, ::-1], jnp.eye(n, dtype=xx.dtype))
+
+    def failed(state: tuple[Array, Array]) -> Bool[Array, ""]:
+        return ~jnp.isfinite(state[1]).all() & (state[0] < _LARGEST_DAMP)
+
+    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        damp = jnp.clip(2 * state[0], 0.01, _LARGEST_DAMP)
+        return damp, attempt(damp)
+
+    first = jnp.asarray(config.damp, xx.dtype)
+    damp, upper = jax.lax.while_loop(failed, again, (first, attempt(first)))
+    return Factor(upper, dead, order, jnp.where(jnp.isfinite(upper).all(), damp, jnp.nan))
+
+
+def _processing_order(importance: Float[Array, " in"], config: QuantConfig) -> Int[Array, " in"]:
+    """The columns in the order in which they are rounded; `importance` is the Hessian's diagonal."""
+    n = len(importance)
+    if config.order == "natural":
+        return jnp.arange(n)
+    if config.order == "act" or config.group_size is None:
+        return jnp.argsort(-importance, stable=True)
+    group = jnp.arange(n) // config.group_size
+    best = jax.ops.segment_max(importance, group, num_segments=-(-n // config.group_size))
+    return jnp.lexsort((-importance, group, -best[group]))
+
+
+@partial(jax.jit, static_argnames="config")
+def solve(w: Float[Array, "out in"], factor: Factor, config: QuantConfig) -> tuple[QuantizedLinear, Float[Array, " out"]]:
+    """The quantized weight, and for each row the objective (w - q) H (w - q)^T under the damped Hessian.
+
+    The rows of `w` are independent of each other: linears that read the same input may be stacked.
+    """
+    n = w.shape[1]
+    w = jnp.where(factor.dead[None], 0.0, w.astype(jnp.float32))
+    width = _group_width(n, config)
+    groups = -(-n // width)
+    turn = jnp.arange(n)
+    by_place = config.static_groups or config.order == "group"
+    group = (factor.order if by_place else turn) // width  # the group of the column that is processed p-th
+    if config.static_groups:
+        fixed = _stored_grids(w, config)
+        slot, block = turn, 1
+
+        def find(_: Array, first: Array) -> Grid:
+            return Grid(*(jnp.take(a, group[first], axis=1) for a in fixed))
+    else:
+        # Blocks are of one width, so a narrower last group is filled up with empty columns where it ends.
+        last_end = jnp.max(jnp.where(group == groups - 1, turn, 0))
+        slot = turn + jnp.where(turn > last_end, groups * width - n, 0)
+        block = width if groups > 1 else _round_up(n, _PANEL)
+
+        def find(w: Array, _: Array) -> Grid:
+            return find_grid(w.T, bits=config.bits, sym=config.sym, method=config.grid)
+
+    levels = _levels(block)
+    size = _round_up(n, levels[0])
+    columns = _spread(w.T[factor.order], slot, size)
+    upper = _spread(_spread(factor.upper, slot, size).T, slot, size).T
+    upper = upper + jnp.diag(jnp.ones(size, upper.dtype).at[slot].set(0.0))
+    codes, errors, found = _round_columns(columns, upper, find=find, block=block, levels=levels, bits=config.bits)
+
+    place = jnp.zeros_like(turn).at[factor.order].set(turn, unique_indices=True)  # of each stored column among the processed
+    if config.static_groups:
+        grid = fixed
+    else:
+        rank = jnp.zeros(groups, slot.dtype).at[group].set(slot // block)
+        grid = Grid(*(a[rank].T for a in found))
+    q = QuantizedLinear(
+        codes=codes[slot][place].T,
+        scale=grid.scale.astype(SCALE_DTYPE),
+        zero=grid.zero.astype(jnp.uint8),
+        group_of=group[place].astype(jnp.int32),
+        bits=config.bits,
+    )
+    return q, (errors**2).sum(0)
+
+
+@partial(jax.jit, static_argnames="config")
+def round_to_nearest(w: Float[Array, "out in"], config: QuantConfig) -> QuantizedLinear:
+    """Every weight at its nearest level, on grids by stored position: what quantization costs without calibration."""
+    w = w.astype(jnp.float32)
+    n = w.shape[1]
+    grid = _stored_grids(w, config)
+    group = jnp.arange(n, dtype=jnp.int32) // _group_width(n, config)
+    levels = jnp.round(w / grid.scale[:, group]) + grid.zero[:, group]
+    codes = jnp.clip(levels, 0, config.max_code).astype(jnp.uint8)
+    return QuantizedLinear(codes, grid.scale.astype(SCALE_DTYPE), grid.zero.astype(jnp.uint8), group, config.bits)
+
+
+def _round_columns(
+    w: Float[Array, "columns out"], upper: Float[Array, "columns columns"], *, find: Find, block: int, levels: tuple[int, ...], bits: int
+) -> tuple[Array, Array, Grid]:
+    """Codes [columns, out], scaled errors [columns, out] and the grid of each block [blocks, out].
+
+    `levels` are the widths of nested blocks, each a divisor of the one before, down to 1; `block` is one of them: the
+    one at whose entry `find` chooses a grid. The program's size does not depend on the number of columns.
+    """
+
+    def visit(w: Array, upper: Array, first: Array, grid: Grid | None, levels: tuple[int, ...]) -> tuple[Array, Array, Grid | None]:
+        if not levels:
+            assert grid is not None
+            codes = encode(w.T, grid, bits)
+            return codes.T.astype(jnp.uint8), (w - decode(codes, grid).T) / upper, None
+        size, *inner = levels
+
+        def step(w: Array, start: Array) -> tuple[Array, tuple[Array, Array, Grid | None]]:
+            mine = jax.lax.dynamic_slice_in_dim(w, start, size)
+            rows = jax.lax.dynamic_slice_in_dim(upper, start, size)  # zero before the block: `upper` is triangular
+            square = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
+            chosen = find(mine, first + start) if size == block else grid
+            codes, errors, grids = visit(mine, square, first + start, chosen, tuple(inner))
+            update = rows.T * errors if size == 1 else jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST)
+            return w - update, (codes, errors, chosen if size == block else grids)
+
+        stacked = jax.lax.scan(step, w, jnp.arange(0, len(w), size))[1]
+        codes, errors, grids = stacked
+        join = partial(jax.tree.map, lambda a: a.reshape(-1, a.shape[-1]))
+        return join(codes), join(errors), join(grids)
+
+    codes, errors, grids = visit(w, upper, jnp.asarray(0), None, levels)
+    assert grids is not None
+    return codes, errors, grids
+
+
+def _levels(block: int) -> tuple[int, ...]:
+    """The widths of nested blocks: panel, strip and column, with `block` among them."""
+    panel = _near(_near(block, _STRIP) if block < _STRIP else block, _PANEL)
+    strip = _near(min(block, panel), _STRIP)
+    return tuple(sorted({panel, block, strip, 1}, reverse=True))
+
+
+def _near(width: int, limit: int) -> int:
+    """The largest multiple of `width` up to `limit`, or its largest divisor where it is wider."""
+    if width <= limit:
+        return limit // width * width
+    return next(d for d in range(limit, 0, -1) if width % d == 0)
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _group_width(n: int, config: QuantConfig) -> int:
+    return n if config.group_size is None else min(config.group_size, n)
+
+
+def _spread(rows: Float[Array, "n m"], slot: Int[Array, " n"], size: int) -> Float[Array, "size m"]:
+    """Row p at index slot[p], zeros elsewhere."""
+    if size == len(rows):
+        return rows
+    return jnp.zeros((size, rows.shape[1]), rows.dtype).at[slot].set(rows, unique_indices=True)
+
+
+def _stored_grids(w: Float[Array, "out in"], config: QuantConfig) -> Grid:
+    """Scales and zero points [out, groups] of the groups as they lie in the row."""
+    out, n = w.shape
+    width = _group_width(n, config)
+    full = jnp.pad(w, ((0, 0), (0, _round_up(n, width) - n))).reshape(-1, width)
+    grid = find_grid(full, bits=config.bits, sym=config.sym, method=config.grid)
+    return Grid(*(a.reshape(out, -1) for a in grid))

@@ -1,0 +1,105 @@
+"""Reading a Hugging Face config so that no key which changes the model goes unnoticed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gptq_fn.spec import Activation, RopeScaling, RopeSpec
+
+# fmt: off
+HARMLESS = frozenset({
+    "add_cross_attention", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bad_words_ids", "begin_suppress_tokens",
+    "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id", "do_sample", "dropout", "dtype",
+    "embd_pdrop", "eos_token_id", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing",
+    "hidden_dropout", "id2label", "init_std", "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config",
+    "keys_to_ignore_at_inference", "label2id", "layerdrop", "max_length", "max_position_embeddings", "model_type", "n_ctx",
+    "n_positions", "num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
+    "problem_type", "quantization_config", "resid_pdrop", "return_dict", "rope_interleaved", "sep_token_id", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16",
+    "use_cache", "use_return_dict", "vocab_size", "word_embed_proj_dim",
+})
+# fmt: on
+"""Keys that do not change the logits, or only say what the shapes of the tensors say too."""
+
+_ACT: dict[str, Activation] = {
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_REQUIRED = object()
+
+
+class Config:
+    """The keys of a config.json; `leftovers` are those that nobody asked for."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        """A reader of `values`, of which no key has been asked for yet."""
+        self._values = values
+        self._asked: set[str] = set()
+
+    def get(self, *names: str, default: Any = _REQUIRED) -> Any:
+        """The value of the first of these keys that is there and not null. Raises ValueError if one is needed and none is there."""
+        self._asked.update(names)
+        for name in names:
+            if self._values.get(name) is not None:
+                return self._values[name]
+        if default is _REQUIRED:
+            raise ValueError(f"The config of this {self._values.get('model_type')} model has no {' or '.join(names)}.")
+        return default
+
+    def only(self, name: str, value: Any) -> None:
+        """Refuse any other value of this key. Raises ValueError."""
+        found = self.get(name, default=value)
+        if found != value:
+            raise ValueError(
+                f"The config says {name} = {found!r}, but only {value!r} is described for {self._values.get('model_type')} models. "
+                "A spec written by hand may describe it: see gptq_fn.spec."
+            )
+
+    def act(self, name: str, default: str) -> Activation:
+        """The activation function under this key. Raises ValueError for one that has no name here."""
+        found = self.get(name, default=default)
+        if found not in _ACT:
+            raise ValueError(f"The config says {name} = {found!r}; the activations that are understood are {', '.join(_ACT)}.")
+        return _ACT[found]
+
+    def rope(self, head_dim: int, *, partial: float = 1.0, interleaved: bool = False) -> RopeSpec:
+        """Rotary positions as transformers 5 writes them (rope_parameters) or as older files do (rope_theta, rope_scaling)."""
+        new = dict(self.get("rope_parameters", default={}))
+        old = dict(self.get("rope_scaling", default={}))
+        self.get("rope_type", default=None)
+        theta = self.get("rope_theta", "rotary_emb_base", default=10000.0)
+        partial = self.get("partial_rotary_factor", "rotary_pct", default=partial)
+        found = {"rope_theta": theta, "partial_rotary_factor": partial, **old, **new}
+        dim = int(head_dim * found.pop("partial_rotary_factor"))
+        theta = float(found.pop("rope_theta"))
+        return RopeSpec(dim, theta, interleaved, _scaling(found, self.get("max_position_embeddings", default=None)))
+
+    def leftovers(self, harmless: frozenset[str]) -> tuple[str, ...]:
+        """Keys with a value, that were not asked for and are not known to be harmless."""
+        unknown = self._values.keys() - self._asked - harmless
+        return tuple(sorted(key for key in unknown if key[0] != "_" and self._values[key] not in (None, False, [], {}, "")))
+
+
+def _scaling(found: dict[str, Any], context: int | None) -> RopeScaling | None:
+    """The scaling that is left of rope parameters when theta and the partial factor are taken out."""
+    old_kind = found.pop("type", "default")
+    kind = found.pop("rope_type", old_kind)
+    match kind:
+        case "default":
+            scaling = None
+        case "linear":
+            scaling = RopeScaling("linear", float(found.pop("factor")))
+        case "llama3":
+            keys = ("factor", "low_freq_factor", "high_freq_factor")
+            length = found.pop("original_max_position_embeddings", context)
+            scaling = RopeScaling("llama3", *(float(found.pop(key)) for key in keys), original_length=length)
+        case _:
+            raise ValueError(f"The config asks for rope scaling of type {kind!r}; default, linear and llama3 are understood.")
+    if found:
+        raise ValueError(f"The rope parameters of type {kind!r} have keys that are not understood: {', '.join(sorted(found))}.")
+    return scaling

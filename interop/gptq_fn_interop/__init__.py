@@ -1,0 +1,1 @@
+"""Names, files and frameworks: what stands between checkpoints, torch, transformers and the functional core."""

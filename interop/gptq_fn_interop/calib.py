@@ -1,0 +1,122 @@
+"""Text into tokens: full-length samples for calibration, windows for evaluation, the same ones for the same seed."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, Literal
+
+import numpy as np
+from tokenizers import Tokenizer
+
+Split = Literal["calibration", "evaluation"]
+Encode = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A dataset on the Hugging Face hub: where it is, and the column that holds text or chat messages."""
+
+    path: str
+    column: str
+    calibration: str
+    evaluation: str
+    name: str | None = None
+    files: dict[str, str] | None = None
+
+
+HUB: dict[str, HubData] = {
+    "c4": HubData(
+        "allenai/c4",
+        "text",
+        "train",
+        "validation",
+        files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
+    ),
+    "wikitext2": HubData("Salesforce/wikitext", "text", "train", "test", name="wikitext-2-raw-v1"),
+    "ultrachat": HubData("HuggingFaceH4/ultrachat_200k", "messages", "train_sft", "test_sft"),
+}
+"""Short names of the calibration sets that people use."""
+
+
+def tokens(
+    data: str | Iterable[str], tokenizer: Any, *, samples: int, length: int, split: Split = "calibration", seed: int | None = 0
+) -> np.ndarray:
+    """int32 [samples, length]: text cut into windows of `length` tokens, of which `seed` chooses; the first ones if it is None.
+
+    `data` is an iterable of texts, the path of a text file, "pydoc" (CPython's own documentation, half of it for each
+    split), a name in HUB, or the name of any hub dataset with a "text" column. `tokenizer` is the directory of a
+    checkpoint or a transformers tokenizer. No special tokens are added and no global random state is touched. Raises
+    ValueError where the text is too short, and OSError or ValueError where there is no such data.
+    """
+    encode = encoder(tokenizer)
+    stream: list[int] = []
+    wanted = samples * length
+    texts = documents(data, split) if isinstance(data, str) else iter(data)
+    for text in texts:
+        stream.extend(encode(text + "\n\n"))
+        if len(stream) >= 4 * wanted:  # enough to choose from: hub datasets are far larger
+            break
+    windows = np.asarray(stream[: len(stream) // length * length], np.int32).reshape(-1, length)
+    if len(windows) < samples:
+        raise ValueError(
+            f"The {split} text fills {len(windows)} windows of {length} tokens, but {samples} were asked for; "
+            "give more text, or ask for fewer or shorter samples."
+        )
+    chosen = range(samples) if seed is None else random.Random(seed).sample(range(len(windows)), samples)
+    return windows[list(chosen)]
+
+
+def encoder(tokenizer: Any) -> Encode:
+    """Text to token ids, without special tokens. Reading tokenizer.json needs neither torch nor transformers."""
+    if not isinstance(tokenizer, str | Path):
+        return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    path = Path(tokenizer) / "tokenizer.json"
+    if path.exists():
+        fast = Tokenizer.from_file(str(path))
+        return lambda text: fast.encode(text, add_special_tokens=False).ids
+    from transformers import AutoTokenizer  # only checkpoints without tokenizer.json need it
+
+    return encoder(AutoTokenizer.from_pretrained(str(tokenizer)))
+
+
+def documents(data: str, split: Split = "calibration") -> Iterator[str]:
+    """The texts of a named source: "pydoc", a file, or a hub dataset. The two splits share no text."""
+    if data == "pydoc":
+        yield from _pydoc(split)
+    elif Path(data).is_file():
+        yield Path(data).read_text("utf-8")
+    else:
+        yield from _hub(data, split)
+
+
+def _pydoc(split: Split) -> Iterator[str]:
+    """CPython's documentation by topic, alphabetically; the first topics, up to half of the text, are for calibration."""
+    total, read = sum(map(len, topics.values())), 0
+    for key in sorted(topics):
+        text = topics[key]
+        read += len(text)
+        if ("calibration" if 2 * read <= total else "evaluation") == split:
+            yield text
+
+
+def _hub(data: str, split: Split) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{data!r} is neither 'pydoc' nor a file; for hub datasets, pip install datasets.") from None
+    known = HUB.get(data, HubData(data, "text", "train", "test"))
+    part = known.calibration if split == "calibration" else known.evaluation
+    try:
+        rows = datasets.load_dataset(known.path, known.name, data_files=known.files, split=part, streaming=True)
+    except Exception as error:  # the library raises errors of many kinds, its own and its HTTP client's
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"There is no file {data!r}, and no hub dataset of this name could be loaded: {reason}") from error
+    for row in rows:
+        value = row[known.column]
+        if isinstance(value, str):
+            if value.strip():
+                yield value
+        else:
+            yield "\n".join(f"{message['role']}: {message['content']}" for message in value)

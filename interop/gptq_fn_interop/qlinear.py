@@ -1,0 +1,109 @@
+"""A linear layer of torch that holds a GPTQ checkpoint's tensors and multiplies with them as they are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from gptq_fn_kernels import Packed, Prepared, dequantize, multiply, prepare
+from torch import nn
+
+from gptq_fn_interop.gptq_format import zeros_of
+
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+"""A one in every field of a word."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Derived:
+    """What follows from a layer's tensors. It is made anew when they are others than those it was made of."""
+
+    tensors: tuple[torch.Tensor, ...]
+    packed: Packed
+    prepared: dict[torch.dtype, Prepared] = field(default_factory=dict)
+
+
+class QuantLinear(nn.Linear):
+    """y = x W^T + b with W quantized. The state dict is the checkpoint's: qweight, qzeros, scales, g_idx and bias, unchanged.
+
+    It is an `nn.Linear` with a `weight`, which is what PEFT and transformers look for; that weight is dequantized at each
+    access and writing to it changes nothing. Scales are a parameter, so that the layer has one, but frozen. Activations
+    may have any floating dtype, whatever the scales' is; gradients reach them.
+    """
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    g_idx: torch.Tensor
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], bits: int, scheme: Mapping[str, Any] | None = None, backend: str | None = None):
+        """From qweight, qzeros, scales, g_idx and possibly bias, as in a checkpoint (on the meta device where they come later).
+
+        `scheme` is what the quantization config says of this layer; it decides how zero points are stored. `backend` is
+        a name in `gptq_fn_kernels.BACKENDS`, or None for the first that serves. Raises ValueError where shapes disagree.
+        """
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
+        groups, self.out_features = tensors["scales"].shape
+        self.in_features, self.groups = tensors["g_idx"].shape[0], groups
+        self.bits, self.scheme, self.backend = bits, dict(scheme or {}), backend
+        for name in ("qweight", "qzeros", "g_idx"):
+            self.register_buffer(name, tensors[name])
+        self.scales = nn.Parameter(tensors["scales"], requires_grad=False)
+        self.register_parameter("bias", nn.Parameter(tensors["bias"], requires_grad=False) if "bias" in tensors else None)
+        self.loading = False  # set while tensors are to come: whoever initializes the weight then initializes nothing
+        self._derived: _Derived | None = None
+        Packed(*self._tensors(), bits, 0)  # refuses what does not belong together before anything is loaded
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as kernels take it. Reads the zero points when it is made."""
+        return self._derive().packed
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The dequantized weight [out, in] in the scales' dtype: a new tensor at each access, on the meta device while loading."""
+        if self.loading:
+            return torch.empty(self.out_features, self.in_features, dtype=self.scales.dtype, device="meta")
+        return dequantize(self.packed, self.scales.dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out] in the input's dtype."""
+        derived = self._derive()
+        if input.dtype not in derived.prepared:
+            derived.prepared[input.dtype] = prepare(derived.packed, input.dtype, self.backend)
+        y = multiply(input, derived.prepared[input.dtype])
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and precision, for print(model)."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bits={self.bits}, groups={self.groups}, bias={self.bias is not None}"
+
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.qweight, self.qzeros, self.scales, self.g_idx
+
+    def _derive(self) -> _Derived:
+        # Loaders and offloading hooks put new tensors into the layer without telling it.
+        tensors = self._tensors()
+        if self._derived is None or any(new is not old for new, old in zip(tensors, self._derived.tensors, strict=True)):
+            self._derived = _Derived(tensors, self._pack())
+        return self._derived
+
+    def _pack(self) -> Packed:
+        qweight, qzeros, scales, g_idx = self._tensors()
+        if qzeros.is_meta:
+            raise ValueError(f"{self} has no values yet: its tensors are on the meta device. Load a checkpoint into it first.")
+        stored = zeros_of(qzeros.cpu().numpy(), self.bits, self.out_features, self.scheme)
+        if stored == "v1_carry":
+            qzeros = qzeros + _ONES[self.bits]
+        return Packed(qweight, qzeros, scales.detach(), g_idx, self.bits, 1 if stored == "v1" else 0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
+        self._derived = None  # a parameter that is cast or moved stays the same object
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._derived = None  # values are copied into the same tensors
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": None}  # copies and pickles derive their own

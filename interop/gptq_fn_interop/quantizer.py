@@ -1,0 +1,224 @@
+"""transformers' quantization method "gptq", served by this package: `from_pretrained` without optimum or gptqmodel.
+
+`register` takes the method over. Whatever a checkpoint's config claims, the layers that are quantized and their bits
+are read from the headers of its files; the config decides only what the tensors cannot tell.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from gptq_fn_kernels import dequantize
+from gptq_fn_kernels.problem import BITS
+from gptq_fn_kernels.words import words_of
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+
+from gptq_fn_interop.gptq_format import TENSORS, scheme_of
+from gptq_fn_interop.qlinear import QuantLinear
+
+_FORMATS = ("gptq", "gptq_v2")
+_DTYPES = {"I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+def register() -> None:
+    """Make transformers load GPTQ checkpoints with this package. `register_quantizer` would refuse a name that is taken."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
+    AUTO_QUANTIZER_MAPPING["gptq"] = GptqQuantizer
+
+
+class GPTQConfig(transformers.GPTQConfig):
+    """transformers' GPTQConfig, which keeps every key of the checkpoint's own config when the model is saved.
+
+    The name is not free: transformers compares it with that of the config a user passes to `from_pretrained`.
+    """
+
+    def __init__(self, bits: int, **described: Any):
+        """Any keys; those that transformers does not know (dynamic, lm_head, ...) become attributes too."""
+        super().__init__(bits, **described)
+        for key, value in described.items():
+            self.__dict__.setdefault(key, value)
+        self.described = {"quant_method": "gptq", "bits": bits, **described}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The config of a checkpoint. A backend named there is a kernel of some other package, so it is not asked for."""
+        return super().from_dict({**config_dict, "backend": None}, return_unused_kwargs, **kwargs)
+
+    def post_init(self) -> None:
+        """Refuse what cannot be read; transformers' own checks need optimum for some keys."""
+        self.backend = self.backend or "auto"
+        if self.bits not in BITS:
+            raise ValueError(f"GPTQ checkpoints with codes of 2, 3, 4 or 8 bits can be read, but this one has {self.bits}.")
+        if self.format not in _FORMATS:
+            raise ValueError(
+                f"GPTQ checkpoints of format {' and '.join(_FORMATS)} can be read, but this one is {self.format!r}, which is packed for a "
+                "particular kernel. Take the checkpoint that it was converted from."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object for config.json."""
+        return {key: _in_order(value) if key == "dynamic" else value for key, value in copy.deepcopy(self.described).items()}
+
+
+def _in_order(rules: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if rules is None else {_Placed(pattern, i): rule for i, (pattern, rule) in enumerate(rules.items())}
+
+
+class _Placed(str):
+    """A key that sorts by its place. transformers writes config.json with sorted keys, but of rules the first match wins."""
+
+    __slots__ = ("place",)
+
+    def __new__(cls, text: str, place: int = 0) -> "_Placed":
+        self = super().__new__(cls, text)
+        self.place = place
+        return self
+
+    def __lt__(self, other: str) -> bool:
+        return self.place < other.place if isinstance(other, _Placed) else super().__lt__(other)
+
+
+class GptqQuantizer(HfQuantizer):
+    """What `from_pretrained` calls before and after it loads the tensors of a GPTQ checkpoint."""
+
+    quantization_config: GPTQConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        """Raises ValueError for a checkpoint that is not quantized yet."""
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ValueError(
+                "This checkpoint is not quantized, and gptq_fn does not quantize while loading. "
+                "Quantize it first with `gptq-fn quantize SRC DST`, then load DST without a quantization_config."
+            )
+        self._absent_g_idx: dict[str, torch.Tensor] = {}
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Iterable[str] | None = None, tensors: Mapping[str, torch.Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Put a QuantLinear in the place of each linear whose qweight is in the files, or in `tensors`.
+
+        Raises ValueError where there is no such linear, or its tensors do not fit.
+        """
+        if tensors is None:
+            if checkpoint_files is None:
+                raise ValueError("A quantized model is loaded from safetensors files, not from a state_dict; see gptq_fn.interop.to_hf.")
+            tensors = _headers(checkpoint_files)
+        described = self.quantization_config.to_dict()
+        backend = None if self.quantization_config.backend == "auto" else self.quantization_config.backend
+        for stored_as in (key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")):
+            name = _name_in(model, stored_as)
+            if name is None:
+                continue
+            inputs = _inputs_of(model.get_submodule(name), stored_as)
+            mine = {leaf: tensors[f"{stored_as}.{leaf}"] for leaf in TENSORS if f"{stored_as}.{leaf}" in tensors}
+            if absent := {"qzeros", "scales"} - mine.keys():
+                raise ValueError(f"{stored_as} has a qweight but no {' and '.join(sorted(absent))}; the checkpoint is incomplete.")
+            scheme = scheme_of(stored_as, described) or described
+            bits = _bits_of(stored_as, mine["qweight"], inputs, scheme)
+            if "g_idx" not in mine:
+                self._absent_g_idx[name] = _regular_groups(stored_as, inputs, len(mine["scales"]), scheme)
+                mine["g_idx"] = self._absent_g_idx[name].to(mine["qweight"].device)
+            try:
+                linear = QuantLinear(mine, bits, scheme, backend)
+            except ValueError as error:
+                raise ValueError(f"{stored_as}: {error}") from None
+            linear.loading = True
+            model.set_submodule(name, linear)
+        # They are computed after loading, so they are not missing.
+        model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}\\.g_idx$" for name in self._absent_g_idx)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, linear in _quantized(model):
+            linear.requires_grad_(False)  # the loader has made the floating ones trainable
+            if name in self._absent_g_idx:  # what a missing tensor holds now is uninitialized memory
+                linear.g_idx = self._absent_g_idx[name].to(linear.qweight.device)
+            linear.loading = False
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # save_pretrained leaves its name in the config
+        with torch.device("meta"):
+            dense = type(model)(model.config)  # knows which layers were linears and which Conv1D
+        for name, linear in _quantized(model):
+            layer: Any = dense.get_submodule(name)
+            weight = dequantize(linear.packed, dtype)
+            layer.weight = nn.Parameter((weight.T if isinstance(layer, Conv1D) else weight).contiguous())
+            layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(dtype))
+            model.set_submodule(name, layer)
+        return model
+
+    def is_serializable(self) -> Any:
+        """Whether `save_pretrained` works; the tensors are saved as they were loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> Any:
+        """Whether adapters can be trained on top; the quantized layers themselves are frozen."""
+        return True
+
+
+def _quantized(model: nn.Module) -> list[tuple[str, QuantLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+
+
+def _headers(files: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensors of safetensors files without their values, on the meta device."""
+    found = {}
+    for path in files:
+        if not str(path).endswith(".safetensors"):
+            raise ValueError(f"{path} is not a safetensors file; quantized checkpoints are read from those only.")
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                header = file.get_slice(name)
+                if header.get_dtype() in _DTYPES:
+                    found[name] = torch.empty(header.get_shape(), dtype=_DTYPES[header.get_dtype()], device="meta")
+    return found
+
+
+def _name_in(model: Any, stored_as: str) -> str | None:
+    """What the model calls the linear that the files call `stored_as`: with or without the prefix of the model under a head.
+
+    None for a head that this model does not have. Raises ValueError for any other linear that it does not have.
+    """
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    for name in (stored_as, prefix + stored_as, stored_as.removeprefix(prefix)):
+        if name in modules:
+            return name
+    if "." not in stored_as:
+        return None
+    hint = " Quantized experts are not supported yet: transformers holds them fused." if ".experts." in stored_as else ""
+    raise ValueError(f"The checkpoint holds a quantized {stored_as}, but {type(model).__name__} has no such linear.{hint}")
+
+
+def _inputs_of(module: nn.Module, name: str) -> int:
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0]
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    raise ValueError(f"The checkpoint holds a quantized {name}, but that is a {type(module).__name__}; only linear layers can be.")
+
+
+def _bits_of(name: str, qweight: torch.Tensor, inputs: int, scheme: Mapping[str, Any]) -> int:
+    """From the shape; a narrow layer leaves several possibilities, and then what the config says is tried first."""
+    for bits in (scheme["bits"], *BITS):
+        if words_of(inputs, bits) == len(qweight):
+            return bits
+    raise ValueError(f"{name}: a qweight of {len(qweight)} rows does not hold {inputs} inputs at 2, 3, 4 or 8 bits.")
+
+
+def _regular_groups(name: str, inputs: int, groups: int, scheme: Mapping[str, Any]) -> torch.Tensor:
+    """The g_idx that a checkpoint left out: consecutive inputs share a group."""
+    described = inputs if scheme["group_size"] == -1 else scheme["group_size"]
+    for size in (described, inputs // groups):
+        if -(-inputs // size) == groups:
+            return torch.arange(inputs, dtype=torch.int32, device="cpu") // size
+    raise ValueError(f"{name} has no g_idx, and {groups} groups of {inputs} inputs do not tell how large a group is.")

@@ -1,0 +1,167 @@
+"""From a checkpoint on disk to a quantized one, with one block in memory at a time."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg  # noqa: F401 - loads the BLAS that XLA calls for Cholesky, so that its threads can be limited
+from threadpoolctl import threadpool_limits
+
+from gptq_fn import LinearReport, ModelSpec, QuantConfig, Quantized, Report, check, embed_batches, quantize_blocks, spec_from_config
+from gptq_fn.check import Shapes
+from gptq_fn_interop.checkpoint import Checkpoint
+from gptq_fn_interop.gptq_format import quantization_config, unpackable, zeros_version
+from gptq_fn_interop.params import dense_shapes, read_block, read_params, read_top, write_block, write_params, write_top
+from gptq_fn_interop.shards import SHARD_BYTES, ShardWriter, staged, write_json
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "chat_template*",
+    "preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What is copied from a model's directory beside its tensors."""
+
+Progress = Callable[[int, int, tuple[LinearReport, ...]], None]
+"""Called after each block with the blocks done, their number, and the reports of the block."""
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    calib: np.ndarray,
+    config: QuantConfig | None = None,
+    *,
+    spec: ModelSpec | None = None,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """Quantize the checkpoint in `source` and write it, in the GPTQ format, to `destination`.
+
+    `calib` holds token ids [samples, time]. `spec` describes models that are in no table. The destination appears when
+    it is complete; a run that fails or is interrupted leaves nothing there. Raises ValueError or OSError in a sentence,
+    before any work where the checkpoint, the config or the tokens are at fault.
+    """
+    config = config or QuantConfig()
+    checkpoint = Checkpoint(source)
+    if "quantization_config" in checkpoint.config:
+        raise ValueError(f"{source} is quantized already; quantize the float checkpoint that it was made from.")
+    spec = spec or spec_from_config(checkpoint.config)
+    checkpoint = checkpoint.aligned(spec)
+    if problems := (*check(spec, checkpoint.shapes), *_unstorable(spec, checkpoint.shapes, config)):
+        raise ValueError(
+            f"{source} cannot be quantized: {' '.join(problems[:5])}" + f" (and {len(problems) - 5} more)" * (len(problems) > 5)
+        )
+    _check_tokens(calib, checkpoint.shapes[f"{dict(spec.tensors)['embed']}.weight"][0])
+
+    # On CPUs, XLA's Cholesky runs in SciPy's BLAS, whose threads spin while XLA's own are at work: one is faster.
+    with staged(destination) as aside, threadpool_limits(1, "blas"):
+        writer = ShardWriter(aside, shard_bytes)
+        top = read_top(spec, checkpoint)
+        xs = [x.astype(compute_dtype(x.dtype)) for x in embed_batches(spec, top, jnp.asarray(calib, jnp.int32))]
+        for name, array in write_top(spec, top):
+            writer.add(name, array)
+        del top
+        reports = []
+        blocks = (read_block(spec, i, checkpoint) for i in range(len(spec.blocks)))
+        for i, (p, found) in enumerate(quantize_blocks(spec, blocks, xs, config)):
+            for name, array in write_block(spec, i, p, zeros_version(config)):
+                writer.add(name, array)
+            reports.extend(found)
+            if progress:
+                progress(i + 1, len(spec.blocks), found)
+        writer.close()
+        report = Report(config, tuple(reports))
+        _describe(aside, checkpoint.config, config)
+        write_json(aside / "report.json", report.as_dict())
+        _copy_companions(Path(source), aside)
+    return report
+
+
+def save_gptq(
+    quantized: Quantized, destination: str | Path, *, config: dict[str, Any] | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a quantized model to a new directory. `config` is its config.json, by default the one its spec came from.
+
+    Raises FileExistsError, or ValueError where there is no config.
+    """
+    described = model_config(quantized.spec) if config is None else config
+    with staged(destination) as aside:
+        writer = ShardWriter(aside, shard_bytes)
+        for name, array in write_params(quantized.spec, quantized.params, zeros_version(quantized.report.config)):
+            writer.add(name, array)
+        writer.close()
+        _describe(aside, described, quantized.report.config)
+        write_json(aside / "report.json", quantized.report.as_dict())
+
+
+def load_gptq(directory: str | Path, *, spec: ModelSpec | None = None) -> tuple[dict[str, Any], ModelSpec]:
+    """(params, spec) of a quantized or float checkpoint, written here, by AutoGPTQ or by GPTQModel."""
+    checkpoint = Checkpoint(directory)
+    spec = spec or spec_from_config(checkpoint.config)
+    checkpoint = checkpoint.aligned(spec)
+    if problems := check(spec, dense_shapes(checkpoint.shapes, spec)):
+        raise ValueError(f"{directory} is not what its config says: {' '.join(problems[:5])}")
+    return read_params(spec, checkpoint, checkpoint.quantization), spec
+
+
+def compute_dtype(stored: jnp.dtype) -> jnp.dtype:
+    """What to compute in: float32 on CPUs, which are slow in half precision; else what the checkpoint holds."""
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else stored
+
+
+def model_config(spec: ModelSpec) -> dict[str, Any]:
+    """The config.json that this spec came from. Raises ValueError for a spec written by hand."""
+    if spec.origin is None:
+        raise ValueError("This spec was written by hand, so there is no config.json that transformers could read; pass one as config=.")
+    return json.loads(spec.origin)
+
+
+def _unstorable(spec: ModelSpec, shapes: Shapes, config: QuantConfig) -> Iterator[str]:
+    """Which linears the configuration makes impossible to store, and why."""
+    for i, block in enumerate(spec.blocks):
+        for linear in block.linears:
+            name = spec.name_of(i, linear)
+            chosen = config.resolve(name) if linear.quantize else None
+            shape = shapes.get(f"{name}.weight", ())
+            if chosen is not None and len(shape) == 2:
+                out, inputs = shape if linear.stored == "out_in" else shape[::-1]
+                if reason := unpackable((out, inputs), chosen.bits):
+                    yield f"{name}: {reason}"
+
+
+def _check_tokens(calib: np.ndarray, vocabulary: int) -> None:
+    if calib.ndim != 2 or not calib.size or not np.issubdtype(calib.dtype, np.integer):
+        raise ValueError(f"Calibration tokens are whole numbers [samples, time]; got {calib.dtype} {list(calib.shape)}.")
+    if calib.min() < 0 or calib.max() >= vocabulary:
+        raise ValueError(
+            f"Calibration tokens reach from {calib.min()} to {calib.max()} but the model knows {vocabulary}: another tokenizer made them."
+        )
+
+
+def _describe(directory: Path, model: dict[str, Any], config: QuantConfig) -> None:
+    """Write both places where readers look for the quantization config."""
+    described = quantization_config(config)
+    write_json(directory / "config.json", {**model, "quantization_config": described})
+    write_json(directory / "quantize_config.json", described)
+
+
+def _copy_companions(source: Path, destination: Path) -> None:
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, destination / path.name)
+            else:
+                shutil.copyfile(path, destination / path.name)

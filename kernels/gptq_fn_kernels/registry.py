@@ -1,0 +1,103 @@
+"""The backends in order of preference, and the choice among them: a list to ask, not a ladder of conditions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gptq_fn_kernels import reference
+from gptq_fn_kernels.cpu import int4pack
+from gptq_fn_kernels.problem import Packed, Problem, problem_of
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to multiply. `form` below is whatever `prepare` returns: the weight in the backend's own layout."""
+
+    name: str
+    unsupported: Callable[[Problem], str | None]
+    """None, or why this backend does not serve the problem, in words that follow its name ("packs 4 bits, not 3")."""
+    prepare: Callable[[Packed], Any]
+    """packed -> form, once for a weight."""
+    matmul: Callable[[torch.Tensor, Any], torch.Tensor]
+    """(x [..., k], form) -> [..., n], in x's dtype; gradients are not its concern."""
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend("cpu_int4pack", int4pack.unsupported, int4pack.prepare, int4pack.matmul),
+    Backend("reference", reference.unsupported, reference.prepare, reference.matmul),
+)
+"""Every backend, the preferred one first; the reference serves what no other does."""
+
+
+def explain(problem: Problem, backends: tuple[Backend, ...] = BACKENDS) -> dict[str, str | None]:
+    """For each backend's name None, or the reason why it does not serve the problem."""
+    return {backend.name: backend.unsupported(problem) for backend in backends}
+
+
+def choose(problem: Problem, wanted: str | None = None, backends: tuple[Backend, ...] = BACKENDS) -> Backend:
+    """The first backend that serves the problem, or the one called `wanted`.
+
+    Raises ValueError with every backend's reason where `wanted` or all of them do not serve it.
+    """
+    reasons = explain(problem, backends)
+    for backend in backends:
+        if reasons[backend.name] is None and wanted in (None, backend.name):
+            return backend
+    if wanted is None:
+        failure = f"No backend serves {problem}"
+    elif wanted in reasons:
+        failure = f"Backend {wanted!r} does not serve {problem}"
+    else:
+        failure = f"There is no backend {wanted!r}; for {problem} there are"
+    told = "".join(f"\n  {name}: {reason or 'serves it'}" for name, reason in reasons.items())
+    raise ValueError(f"{failure}:{told}")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A weight in the form of the backend that was chosen for it, for activations of one dtype."""
+
+    backend: Backend
+    packed: Packed
+    form: Any
+
+
+def prepare(packed: Packed, dtype: torch.dtype, backend: str | None = None, backends: tuple[Backend, ...] = BACKENDS) -> Prepared:
+    """The weight, prepared once for many multiplications with activations of `dtype`. Raises as `choose` does."""
+    chosen = choose(problem_of(packed, dtype), backend, backends)
+    return Prepared(chosen, packed, chosen.prepare(packed))
+
+
+def multiply(x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+    """x [..., k] -> x @ weight.T [..., n], differentiable in x whatever the backend."""
+    if x.shape[-1] != prepared.packed.k:
+        raise ValueError(
+            f"The activations have {x.shape[-1]} features, in shape {tuple(x.shape)}, but the weight has {prepared.packed.k} inputs."
+        )
+    return _Multiply.apply(x, prepared)  # type: ignore[no-any-return]
+
+
+def matmul(x: torch.Tensor, packed: Packed, backend: str | None = None, backends: tuple[Backend, ...] = BACKENDS) -> torch.Tensor:
+    """x [..., k] -> x @ weight.T [..., n] in x's dtype, by the backend of this name or the first that serves it.
+
+    Prepares the weight on each call; whoever multiplies with it again uses `prepare` and `multiply`.
+    """
+    return multiply(x, prepare(packed, x.dtype, backend, backends))
+
+
+class _Multiply(torch.autograd.Function):
+    """Any backend's matmul with the reference's gradient, which unpacks the weight anew and so keeps none alive."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        return prepared.backend.matmul(x, prepared.form)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, Prepared], output: torch.Tensor) -> None:
+        ctx.packed = inputs[1].packed
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad @ reference.dequantize(ctx.packed, grad.dtype), None
