@@ -20,8 +20,8 @@ from gptq_fn.model.block import BlockParams, State, advance, enter
 from gptq_fn.model.decoder import Params, embed
 from gptq_fn.spec import TAPS, BlockSpec, ModelSpec, Tap
 
-TOKENS_PER_CALL = 2048
-"""Calibration tokens that pass through a block at once: enough to keep matrix products busy."""
+TOKENS_PER_CALL = {"cpu": 512}
+"""Calibration tokens that pass through a block at once, by JAX backend; 4096 elsewhere. On CPUs those of few stay in cache."""
 
 Batches = Sequence[Float[Array, "samples time width"]]
 
@@ -48,9 +48,9 @@ def quantize(params: Params, spec: ModelSpec, calib: Int[Array, "samples time"],
 
 
 def embed_batches(spec: ModelSpec, top: Mapping[str, Any], calib: Int[Array, "samples time"]) -> Batches:
-    """What enters the first block, in batches of about TOKENS_PER_CALL tokens and of one shape."""
+    """What enters the first block, in batches of one shape and at least one sample."""
     samples, length = calib.shape
-    limit = max(1, min(samples, TOKENS_PER_CALL // length))
+    limit = max(1, min(samples, TOKENS_PER_CALL.get(jax.default_backend(), 4096) // length))
     size = next(size for size in range(limit, 0, -1) if samples % size == 0)
     return [embed(spec, top, jnp.asarray(calib[i : i + size])) for i in range(0, samples, size)]
 
@@ -86,8 +86,9 @@ def quantize_block(
     """
     running, result, reports = dict(p), dict(p), []
     states = [_enter(spec, p, x) for x in xs]
-    for taps in ((tap,) for tap in TAPS) if sequential else (TAPS,):
-        gathered = {}
+    passes: list[tuple[Tap, ...]] = [(tap,) for tap in TAPS] if sequential else [TAPS]
+    for taps in passes:
+        gathered: dict[Tap, tuple[list[str], Hessian]] = {}
         ahead = list(states)
         for k, tap in enumerate(taps):
             if k:
@@ -163,7 +164,7 @@ def _solve_stage(
         if not bool(jnp.isfinite(f.damp)):
             raise ValueError(f"{names[together[0]]}: its Hessian cannot be factorized at any damping; its inputs may overflow float32.")
         q, _ = solve(w, f, config)
-        errors, rtn_errors = _errors(w, q, h), _errors(w, round_to_nearest(w, config), h)
+        lost, rtn_lost, whole = _energies(w, q, round_to_nearest(w, config), h)
         if not bool(jnp.isfinite(q.scale).all()):
             raise ValueError(
                 f"{names[together[0]]}: a scale overflows float16, the type that checkpoints store; its weights are too large."
@@ -180,8 +181,8 @@ def _solve_stage(
                 shape=mine.shape,
                 rows=int(h.rows),
                 dead=int(f.dead.sum()),
-                error=_total(errors, rows),
-                rtn_error=_total(rtn_errors, rows),
+                error=_relative(lost[rows], whole[rows]),
+                rtn_error=_relative(rtn_lost[rows], whole[rows]),
                 damp=float(f.damp),
                 seconds=seconds * mine.shape[0] / len(w),
             )
@@ -189,15 +190,15 @@ def _solve_stage(
 
 
 @jax.jit
-def _errors(w: Float[Array, "out in"], q: QuantizedLinear, h: Hessian) -> Float[Array, "two out"]:
-    """For each row, the squared norms of its output error and of its output over the calibration inputs."""
+def _energies(
+    w: Float[Array, "out in"], q: QuantizedLinear, rtn: QuantizedLinear, h: Hessian
+) -> tuple[Float[Array, " out"], Float[Array, " out"], Float[Array, " out"]]:
+    """For each row, the squared norm over the calibration inputs of the error of `q`, of that of `rtn`, and of the output."""
+    rows = jnp.stack([w - dequantize(q), w - dequantize(rtn), w])
+    energies = (jnp.matmul(rows, h.xx, precision=jax.lax.Precision.HIGHEST) * rows).sum(-1)
+    return energies[0], energies[1], energies[2]
 
-    def squared(rows: Array) -> Array:
-        return (jnp.matmul(rows, h.xx, precision=jax.lax.Precision.HIGHEST) * rows).sum(1)
 
-    return jnp.stack([squared(w - dequantize(q)), squared(w)])
-
-
-def _total(errors: Float[Array, "two out"], rows: slice) -> float:
-    lost, whole = np.asarray(errors[:, rows], np.float64).sum(1)
+def _relative(lost: Float[Array, " rows"], whole: Float[Array, " rows"]) -> float:
+    lost, whole = (np.asarray(a, np.float64).sum() for a in (lost, whole))
     return float(np.sqrt(max(lost, 0.0) / whole)) if whole > 0 else 0.0

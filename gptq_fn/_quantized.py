@@ -23,7 +23,8 @@ class QuantizedLinear:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight."""
-        return self.codes.shape
+        out, inputs = self.codes.shape
+        return out, inputs
 
     def problems(self) -> tuple[str, ...]:
         """What is wrong with these arrays, in sentences; empty for a valid linear. Reads values: not for use under jit."""

@@ -98,19 +98,13 @@ def solve(w: Float[Array, "out in"], factor: Factor, config: QuantConfig) -> tup
     by_place = config.static_groups or config.order == "group"
     group = (factor.order if by_place else turn) // width  # the group of the column that is processed p-th
     if config.static_groups:
-        fixed = _stored_grids(w, config)
-        slot, block = turn, 1
-
-        def find(_: Array, first: Array) -> Grid:
-            return Grid(*(jnp.take(a, group[first], axis=1) for a in fixed))
+        stored = _stored_grids(w, config)
+        slot, block, find = turn, 1, partial(_look_up, stored, group)
     else:
         # Blocks are of one width, so a narrower last group is filled up with empty columns where it ends.
-        last_end = jnp.max(jnp.where(group == groups - 1, turn, 0))
+        stored, last_end = None, jnp.max(jnp.where(group == groups - 1, turn, 0))
         slot = turn + jnp.where(turn > last_end, groups * width - n, 0)
-        block = width if groups > 1 else _round_up(n, _PANEL)
-
-        def find(w: Array, _: Array) -> Grid:
-            return find_grid(w.T, bits=config.bits, sym=config.sym, method=config.grid)
+        block, find = (width if groups > 1 else _round_up(n, _PANEL)), partial(_fit, config)
 
     levels = _levels(block)
     size = _round_up(n, levels[0])
@@ -120,15 +114,13 @@ def solve(w: Float[Array, "out in"], factor: Factor, config: QuantConfig) -> tup
     codes, errors, found = _round_columns(columns, upper, find=find, block=block, levels=levels, bits=config.bits)
 
     place = jnp.zeros_like(turn).at[factor.order].set(turn, unique_indices=True)  # of each stored column among the processed
-    if config.static_groups:
-        grid = fixed
-    else:
-        rank = jnp.zeros(groups, slot.dtype).at[group].set(slot // block)
-        grid = Grid(*(a[rank].T for a in found))
+    if stored is None:
+        rank = jnp.zeros(groups, slot.dtype).at[group].set(slot // block)  # of each stored group among the processed
+        stored = Grid(*(a[rank].T for a in found))
     q = QuantizedLinear(
         codes=codes[slot][place].T,
-        scale=grid.scale.astype(SCALE_DTYPE),
-        zero=grid.zero.astype(jnp.uint8),
+        scale=stored.scale.astype(SCALE_DTYPE),
+        zero=stored.zero.astype(jnp.uint8),
         group_of=group[place].astype(jnp.int32),
         bits=config.bits,
     )
@@ -145,6 +137,16 @@ def round_to_nearest(w: Float[Array, "out in"], config: QuantConfig) -> Quantize
     levels = jnp.round(w / grid.scale[:, group]) + grid.zero[:, group]
     codes = jnp.clip(levels, 0, config.max_code).astype(jnp.uint8)
     return QuantizedLinear(codes, grid.scale.astype(SCALE_DTYPE), grid.zero.astype(jnp.uint8), group, config.bits)
+
+
+def _look_up(stored: Grid, group: Int[Array, " in"], _: Array, first: Int[Array, ""]) -> Grid:
+    """The grid of the group to which the column at position `first` belongs."""
+    return Grid(*(jnp.take(a, group[first], axis=1) for a in stored))
+
+
+def _fit(config: QuantConfig, w: Float[Array, "columns out"], _: Array) -> Grid:
+    """The grid that suits these weights as they are now."""
+    return find_grid(w.T, bits=config.bits, sym=config.sym, method=config.grid)
 
 
 def _round_columns(

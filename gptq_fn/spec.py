@@ -128,8 +128,8 @@ class BlockSpec:
     @property
     def stages(self) -> tuple[tuple[Tap, tuple[str, ...]], ...]:
         """The roles to quantize, grouped by the tap they read, in forward order."""
-        grouped = ((tap, tuple(x.role for x in self.linears if x.tap == tap and x.quantize)) for tap in TAPS)
-        return tuple((tap, roles) for tap, roles in grouped if roles)
+        roles: dict[Tap, tuple[str, ...]] = {tap: tuple(x.role for x in self.linears if x.tap == tap and x.quantize) for tap in TAPS}
+        return tuple((tap, found) for tap, found in roles.items() if found)
 
 
 @dataclass(frozen=True)

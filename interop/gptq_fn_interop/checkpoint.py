@@ -35,6 +35,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files."""
+        return tuple(dict.fromkeys(path for path, _ in self._stored.values()))
+
+    @property
     def quantization(self) -> dict[str, Any] | None:
         """The object that describes the quantization, from config.json or a file of its own; None for a float checkpoint."""
         if "quantization_config" in self.config:

@@ -49,7 +49,9 @@ class GPTQConfig(transformers.GPTQConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config of a checkpoint. A backend named there is a kernel of some other package, so it is not asked for."""
-        return super().from_dict({**config_dict, "backend": None}, return_unused_kwargs, **kwargs)
+        found: Any = super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        (found[0] if return_unused_kwargs else found).backend = "auto"
+        return found
 
     def post_init(self) -> None:
         """Refuse what cannot be read; transformers' own checks need optimum for some keys."""
@@ -111,27 +113,27 @@ class GptqQuantizer(HfQuantizer):
             if checkpoint_files is None:
                 raise ValueError("A quantized model is loaded from safetensors files, not from a state_dict; see gptq_fn.interop.to_hf.")
             tensors = _headers(checkpoint_files)
-        described = self.quantization_config.to_dict()
+        described = {key: value for key, value in self.quantization_config.to_dict().items() if value is not None}
         backend = None if self.quantization_config.backend == "auto" else self.quantization_config.backend
+        modules = dict(model.named_modules())
         for stored_as in (key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")):
-            name = _name_in(model, stored_as)
+            name = _name_in(model, modules, stored_as)
             if name is None:
                 continue
-            inputs = _inputs_of(model.get_submodule(name), stored_as)
+            inputs = _inputs_of(modules[name], stored_as)
             mine = {leaf: tensors[f"{stored_as}.{leaf}"] for leaf in TENSORS if f"{stored_as}.{leaf}" in tensors}
             if absent := {"qzeros", "scales"} - mine.keys():
                 raise ValueError(f"{stored_as} has a qweight but no {' and '.join(sorted(absent))}; the checkpoint is incomplete.")
             scheme = scheme_of(stored_as, described) or described
-            bits = _bits_of(stored_as, mine["qweight"], inputs, scheme)
             if "g_idx" not in mine:
-                self._absent_g_idx[name] = _regular_groups(stored_as, inputs, len(mine["scales"]), scheme)
-                mine["g_idx"] = self._absent_g_idx[name].to(mine["qweight"].device)
+                mine["g_idx"] = self._absent_g_idx[name] = _regular_groups(stored_as, inputs, len(mine["scales"]), scheme)
             try:
-                linear = QuantLinear(mine, bits, scheme, backend)
+                linear = QuantLinear(mine, _bits_of(mine["qweight"], inputs, scheme), scheme, backend)
             except ValueError as error:
                 raise ValueError(f"{stored_as}: {error}") from None
             linear.loading = True
             model.set_submodule(name, linear)
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)  # a quantized head is not the embedding
         # They are computed after loading, so they are not missing.
         model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}\\.g_idx$" for name in self._absent_g_idx)
 
@@ -144,14 +146,14 @@ class GptqQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # save_pretrained leaves its name in the config
+        wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # save_pretrained leaves a name
         with torch.device("meta"):
             dense = type(model)(model.config)  # knows which layers were linears and which Conv1D
         for name, linear in _quantized(model):
             layer: Any = dense.get_submodule(name)
-            weight = dequantize(linear.packed, dtype)
+            weight = dequantize(linear.packed, wanted)
+            layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(wanted))
             layer.weight = nn.Parameter((weight.T if isinstance(layer, Conv1D) else weight).contiguous())
-            layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(dtype))
             model.set_submodule(name, layer)
         return model
 
@@ -183,13 +185,12 @@ def _headers(files: Iterable[str]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _name_in(model: Any, stored_as: str) -> str | None:
+def _name_in(model: Any, modules: Mapping[str, nn.Module], stored_as: str) -> str | None:
     """What the model calls the linear that the files call `stored_as`: with or without the prefix of the model under a head.
 
     None for a head that this model does not have. Raises ValueError for any other linear that it does not have.
     """
     prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
     for name in (stored_as, prefix + stored_as, stored_as.removeprefix(prefix)):
         if name in modules:
             return name
@@ -204,21 +205,23 @@ def _inputs_of(module: nn.Module, name: str) -> int:
         return module.weight.shape[0]
     if isinstance(module, nn.Linear):
         return module.in_features
-    raise ValueError(f"The checkpoint holds a quantized {name}, but that is a {type(module).__name__}; only linear layers can be.")
+    raise ValueError(
+        f"The checkpoint holds a quantized {name}, but that module is of type {type(module).__name__}; only linear layers can be."
+    )
 
 
-def _bits_of(name: str, qweight: torch.Tensor, inputs: int, scheme: Mapping[str, Any]) -> int:
+def _bits_of(qweight: torch.Tensor, inputs: int, scheme: Mapping[str, Any]) -> int:
     """From the shape; a narrow layer leaves several possibilities, and then what the config says is tried first."""
     for bits in (scheme["bits"], *BITS):
         if words_of(inputs, bits) == len(qweight):
             return bits
-    raise ValueError(f"{name}: a qweight of {len(qweight)} rows does not hold {inputs} inputs at 2, 3, 4 or 8 bits.")
+    raise ValueError(f"A qweight of {len(qweight)} rows does not hold {inputs} inputs at 2, 3, 4 or 8 bits.")
 
 
 def _regular_groups(name: str, inputs: int, groups: int, scheme: Mapping[str, Any]) -> torch.Tensor:
     """The g_idx that a checkpoint left out: consecutive inputs share a group."""
-    described = inputs if scheme["group_size"] == -1 else scheme["group_size"]
-    for size in (described, inputs // groups):
+    described = scheme.get("group_size", -1)
+    for size in (inputs if described == -1 else described, inputs // groups):
         if -(-inputs // size) == groups:
             return torch.arange(inputs, dtype=torch.int32, device="cpu") // size
     raise ValueError(f"{name} has no g_idx, and {groups} groups of {inputs} inputs do not tell how large a group is.")

@@ -15,8 +15,8 @@ from gptq_fn_kernels.words import unpack
 _GROUPS = (256, 128, 64, 32)
 """The group sizes of the operator; larger multiples are served by repeating scales."""
 
-_MANY_ROWS = 128
-"""The operator unpacks the weight again for every few rows: from here on, unpacking it once and multiplying densely is faster."""
+_MANY_ROWS = 512
+"""The operator unpacks the weight again for every few rows: from about here on, unpacking it once and multiplying densely is faster."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,47 @@
+# make demo: install and quantize a real model.  make test: install and test.  See BUILD.md.
+PYTHON ?= python3
+MODEL ?=
+TORCH ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-gpu lint wheel clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -n auto
+
+test-gpu:
+	python3 -m pytest -m gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/pyright
+
+wheel: $(VENV)/.installed
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist
+
+# Without an NVIDIA GPU, a CPU build of torch saves gigabytes. Only Linux on x86-64 has several builds to choose from:
+# take the one that is at hand under this name, else let uv find PyTorch's own index.
+$(VENV)/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+ifeq ($(shell uname -sm),Linux x86_64)
+	@if nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/pip install --quiet "torch>=$(TORCH)"; \
+	else \
+	  $(BIN)/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || \
+	  { $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; }; \
+	fi
+endif
+	$(BIN)/pip install --quiet --editable ".[hf,dev]"
+	@touch $@

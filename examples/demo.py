@@ -1,0 +1,95 @@
+"""Quantize a real model, measure it, and let it speak: what `make demo` runs."""
+
+import argparse
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))
+import smollm2
+from gptq_fn_interop.calib import tokens
+from gptq_fn_interop.cli import progress
+from gptq_fn_interop.evaluation import evaluate
+from gptq_fn_interop.hub import local
+from gptq_fn_interop.stream import load_gptq, quantize_checkpoint
+
+from gptq_fn import QuantConfig
+
+BUILD = Path(__file__).parent.parent / "build"
+console = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a directory or a model on the hub; SmolLM2-135M-Instruct by default")
+    parser.add_argument("--data", default="pydoc", help="text to calibrate on and, another part of it, to evaluate on")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=32, help="calibration samples of 512 tokens")
+    args = parser.parse_args()
+
+    source = local(args.model) if args.model else smollm2.fetch(BUILD / "smollm2")
+    destination = fresh(BUILD / f"{source.name}-gptq-{args.bits}bit")
+    config = QuantConfig(bits=args.bits, group_size=args.group_size)
+    calib = tokens(args.data, source, samples=args.samples, length=512)
+    held_out = tokens(args.data, source, samples=16, length=512, split="evaluation", seed=None)
+
+    began = time.perf_counter()
+    with progress("Quantizing blocks") as advance:
+        report = quantize_checkpoint(source, destination, calib, config, progress=lambda done, total, _: advance(done, total))
+    seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    reference = load_gptq(source)
+    with progress("Evaluating the float model") as advance:
+        before = evaluate(reference, held_out, progress=advance)
+    with progress("Evaluating the quantized model") as advance:
+        after = evaluate(load_gptq(destination), held_out, reference, progress=advance)
+
+    table = Table("", "float", f"{config.bits}-bit, group {config.group_size}", title=str(source.name))
+    table.add_row("perplexity on held-out text", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
+    table.add_row("KL from the float model, nats a token", "", f"{after.kl:.4f}")
+    table.add_row("checkpoint, MB", f"{megabytes(source):.1f}", f"{megabytes(destination):.1f}")
+    table.add_row("bits a quantized weight", "", f"{report.bits_per_weight:.2f}")
+    table.add_row("seconds to quantize", "", f"{seconds:.1f}")
+    table.add_row("peak memory, GiB", "", f"{peak:.2f}")
+    console.print(table)
+    console.print("The linears with the largest errors:")
+    console.print(report.table(report.worst(5)), highlight=False)
+    console.print(f"\nThe quantized model, in transformers: {speak(destination)}", highlight=False, markup=False)
+    console.print(f"\nThe checkpoint is in {os.path.relpath(destination)}")
+
+
+def fresh(directory: Path) -> Path:
+    """The directory, or the first numbered sibling, where nothing is yet: no earlier result is overwritten."""
+    candidates = (directory if i == 1 else directory.with_name(f"{directory.name}-{i}") for i in range(1, 10_000))
+    return next(path for path in candidates if not path.exists())
+
+
+def megabytes(directory: Path) -> float:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 1e6
+
+
+def speak(directory: Path) -> str:
+    """What the checkpoint answers when transformers loads it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import gptq_fn.interop  # noqa: F401 - lets transformers read GPTQ checkpoints
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    question = "What is the capital of France, and what is it known for?"
+    if tokenizer.chat_template:
+        question = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(question, return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    return tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    main()

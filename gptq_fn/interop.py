@@ -1,0 +1,27 @@
+"""The door to torch, transformers and files. Importing it makes transformers load GPTQ checkpoints by itself."""
+
+from gptq_fn_interop.calib import tokens
+from gptq_fn_interop.evaluation import Evaluation, evaluate
+from gptq_fn_interop.hf import from_hf, to_hf
+from gptq_fn_interop.inspection import inspect
+from gptq_fn_interop.qlinear import QuantLinear
+from gptq_fn_interop.quantizer import register
+from gptq_fn_interop.stream import load_gptq, quantize_checkpoint, save_gptq
+from gptq_fn_interop.tensors import to_jax, to_torch
+
+__all__ = [
+    "Evaluation",
+    "QuantLinear",
+    "evaluate",
+    "from_hf",
+    "inspect",
+    "load_gptq",
+    "quantize_checkpoint",
+    "save_gptq",
+    "to_hf",
+    "to_jax",
+    "to_torch",
+    "tokens",
+]
+
+register()

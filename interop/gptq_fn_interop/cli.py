@@ -1,0 +1,192 @@
+"""The gptq-fn command."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from tyro.conf import Positional, Suppress, arg
+
+from gptq_fn import QuantConfig, Rule
+
+out = Console()
+problems = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class _Options(QuantConfig):
+    """The options of QuantConfig, with rules given as text instead."""
+
+    rules: Suppress[tuple[Rule, ...]] = ()
+
+
+def quantize(
+    source: Positional[str],
+    destination: Positional[Path],
+    options: Annotated[_Options, arg(name="")] = _Options(),
+    rule: Annotated[tuple[str, ...], arg(metavar="'REGEX => skip | key=value,...'")] = (),
+    data: str = "pydoc",
+    samples: int = 128,
+    length: int = 512,
+    seed: int = 0,
+) -> None:
+    """Quantize a checkpoint and write it in the GPTQ format.
+
+    Args:
+        source: A directory with safetensors, or the name of a model on the Hugging Face hub.
+        destination: Where to write; it must not exist, and appears when it is complete.
+        options: How to quantize.
+        rule: Exceptions by name, as '.*down_proj => bits=8' or 'model[.]layers[.]0[.] => skip'; the first match wins.
+        data: Calibration text: a text file, "pydoc" (CPython's documentation), c4, wikitext2, ultrachat or any hub dataset.
+        samples: Number of calibration samples.
+        length: Tokens of a calibration sample.
+        seed: Chooses the samples.
+    """
+    from gptq_fn_interop.calib import tokens
+    from gptq_fn_interop.hub import local
+    from gptq_fn_interop.stream import quantize_checkpoint
+
+    began = time.perf_counter()
+    base = QuantConfig(**{f.name: getattr(options, f.name) for f in fields(QuantConfig)})
+    config = replace(base, rules=tuple(parse_rule(text, base) for text in rule))
+    directory = local(source)
+    calib = tokens(data, directory, samples=samples, length=length, seed=seed)
+    with progress("Quantizing blocks") as advance:
+        report = quantize_checkpoint(directory, destination, calib, config, progress=lambda done, total, _: advance(done, total))
+    out.print(report.table(report.worst(5)), highlight=False)
+    out.print(
+        f"{destination}: {len(report.linears)} linears at {report.bits_per_weight:.2f} bits a weight "
+        f"in {time.perf_counter() - began:.0f} s; the worst are above, all in report.json."
+    )
+
+
+def parse_rule(text: str, base: QuantConfig) -> Rule:
+    """A rule from 'REGEX => skip' or 'REGEX => key=value,...', which changes `base`. Raises ValueError."""
+    pattern, arrow, action = (part.strip() for part in text.partition("=>"))
+    if not arrow or not action:
+        raise ValueError(f"A rule reads 'REGEX => skip' or 'REGEX => bits=8,group_size=32'; got {text!r}.")
+    if action == "skip":
+        return Rule(pattern)
+    pairs = [pair.partition("=") for pair in action.split(",")]
+    hints = get_type_hints(QuantConfig)
+    changes = {}
+    for key, _, value in pairs:
+        key = key.strip().replace("-", "_")
+        if key not in hints or key == "rules":
+            raise ValueError(f"The rule {text!r} sets {key!r}; a rule may set {', '.join(k for k in hints if k != 'rules')}.")
+        changes[key] = _value(value.strip())
+    return Rule(pattern, replace(base, rules=(), **changes))
+
+
+def _value(text: str) -> Any:
+    constants = {"none": None, "true": True, "false": False}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def evaluate(
+    model: Positional[str],
+    data: str = "pydoc",
+    reference: str | None = None,
+    samples: int = 32,
+    length: int = 512,
+) -> None:
+    """Measure perplexity on held-out text and, against a float model, the divergence of the predictions.
+
+    Args:
+        model: A directory with a float or quantized checkpoint, or the name of a model on the hub.
+        data: Held-out text: a text file, "pydoc" (the half that calibration never sees), wikitext2, c4 or any hub dataset.
+        reference: The float model, for KL(reference || model) per token and top-1 agreement.
+        samples: Number of samples.
+        length: Tokens of a sample.
+    """
+    from gptq_fn_interop import evaluation
+    from gptq_fn_interop.calib import tokens
+    from gptq_fn_interop.hub import local
+    from gptq_fn_interop.stream import load_gptq
+
+    directory = local(model)
+    other = None if reference is None else load_gptq(local(reference))
+    text = tokens(data, directory, samples=samples, length=length, split="evaluation", seed=None)
+    with progress("Evaluating samples") as advance:
+        found = evaluation.evaluate(load_gptq(directory), text, other, progress=advance)
+    table = Table("measure", "value", title=f"{model} on {found.tokens} tokens of {data}")
+    table.add_row("perplexity", f"{found.perplexity:.3f}")
+    table.add_row("negative log likelihood, nats a token", f"{found.nll:.4f}")
+    if found.kl is not None:
+        table.add_row("KL from the reference, nats a token", f"{found.kl:.4f} ± {found.kl_error:.4f}")
+        table.add_row("top-1 agreement", f"{found.agreement:.1%}")
+    out.print(table)
+
+
+def inspect(model: Positional[str]) -> None:
+    """Tell what a quantized checkpoint holds and which engines would load it.
+
+    Args:
+        model: A directory with a quantized checkpoint, or the name of one on the hub.
+    """
+    from gptq_fn_interop import inspection
+    from gptq_fn_interop.hub import local
+
+    found = inspection.inspect(local(model))
+    for scheme, count in found.schemes().most_common():
+        out.print(f"{count} linears: {scheme}", highlight=False)
+    size = sum(x.bytes for x in found.linears)
+    out.print(f"{size / 1e6:.1f} MB quantized, {found.other_bytes / 1e6:.1f} MB of other tensors", highlight=False)
+    out.print(f"zero points: {', '.join(sorted({x.zeros for x in found.linears}))}", highlight=False)
+    table = Table("engine", "loads it", "why not")
+    for engine, reason in found.engines.items():
+        table.add_row(engine, "no" if reason else "yes", reason or "")
+    out.print(table)
+
+
+@contextmanager
+def progress(title: str):
+    """A progress bar with an estimate; yields a function of (done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=problems) as bar:
+        task = bar.add_task(title, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"quantize": quantize, "eval": evaluate, "inspect": inspect}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command; errors are one sentence and exit status 1."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptq-fn", description="GPTQ quantization of language models.", args=args)
+    except (ValueError, OSError) as error:
+        problems.print(f"gptq-fn: {error}", style="red", highlight=False, markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        problems.print("gptq-fn: interrupted; nothing was left behind.", style="red")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

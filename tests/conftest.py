@@ -1,0 +1,31 @@
+"""Strict JAX, shapes checked by beartype, and skipping of what the machine cannot run."""
+
+import os
+
+# Test programs are small and many: LLVM's optimizations would cost more time than they save. Set before JAX starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import shutil
+
+import hypothesis
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+install_import_hook("gptq_fn", "beartype.beartype")
+
+hypothesis.settings.register_profile("here", deadline=None, max_examples=10, print_blob=True, report_multiple_bugs=False)
+hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("here"), derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if shutil.which("nvidia-smi") is None:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(
+                    pytest.mark.skip(reason="there is no NVIDIA GPU here (no nvidia-smi); run `make test-gpu` where there is one")
+                )
