@@ -21,7 +21,6 @@ from gptq_fn_interop.stream import load_gptq, quantize_checkpoint
 
 from gptq_fn import QuantConfig
 
-BUILD = Path(__file__).parent.parent / "build"
 console = Console()
 
 
@@ -32,10 +31,11 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=32, help="calibration samples of 512 tokens")
+    parser.add_argument("--build", type=Path, default=Path(__file__).parent.parent / "build", help="where results go")
     args = parser.parse_args()
 
-    source = local(args.model) if args.model else smollm2.fetch(BUILD / "smollm2")
-    destination = fresh(BUILD / f"{source.name}-gptq-{args.bits}bit")
+    source = local(args.model) if args.model else smollm2.fetch(args.build / "smollm2")
+    destination = fresh(args.build / f"{source.name}-gptq-{args.bits}bit")
     config = QuantConfig(bits=args.bits, group_size=args.group_size)
     calib = tokens(args.data, source, samples=args.samples, length=512)
     held_out = tokens(args.data, source, samples=16, length=512, split="evaluation", seed=None)

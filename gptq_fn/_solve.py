@@ -50,7 +50,7 @@ def factor(h: Hessian, config: QuantConfig) -> Factor:
     n = len(h.xx)
     diagonal = jnp.diagonal(h.xx)
     dead = diagonal <= 0
-    mean = diagonal.sum() / jnp.maximum((~dead).sum(), 1).astype(diagonal.dtype)
+    mean = jnp.where(dead.all(), 1.0, diagonal.sum() / jnp.maximum((~dead).sum(), 1).astype(diagonal.dtype))
     order = _processing_order(diagonal, config)
     live = jnp.where(dead, mean, diagonal)[order]
     xx = h.xx[order][:, order]

@@ -19,7 +19,7 @@ PLACES = list(itertools.product(WIDTHS, ("natural", "act", "group"), (False, Tru
 GRID = [
     QuantConfig(bits, group_size, sym, order=order, static_groups=static, grid=search)
     for i, (group_size, order, static) in enumerate(PLACES)
-    for bits, sym, search in [SCHEMES[5 * i % 16]]
+    for bits, sym, search in [SCHEMES[(3 * i + i // 6) % 16]]  # so that every pair of options occurs
 ]
 
 OUT, IN = 8, 72
@@ -156,7 +156,7 @@ def test_damping_is_raised_until_the_factor_exists(w, x):
     config = QuantConfig(4, 16, sym=False, damp=0.0)
     h = hessian_of(x)
     f = factor(h, config)
-    assert 0.01 <= float(f.damp) <= 1
+    assert np.float32(0.01) <= float(f.damp) <= 1
     assert jnp.isfinite(f.upper).all()
     assert_textbook(solve(w, f, config)[0], w, h, config, damp=float(f.damp))
 

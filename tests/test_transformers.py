@@ -373,7 +373,7 @@ def test_the_files_decide_what_is_quantized_and_in_how_many_bits(tmp_path: Path)
 
 
 MORE: dict[str, Any] = {
-    "dynamic": {"+:.*z_first": {"bits": 8}, "-:.*a_second": {}, "m_third": {"group_size": 64}},
+    "dynamic": {"z_first": {"group_size": 64}, "-:.*m_second": {}, "+:.*a_third": {"bits": 8}},
     "backend": "marlin",
     "lm_head": False,
     "pack_dtype": "int32",

@@ -78,7 +78,10 @@ def encoder(tokenizer: Any) -> Encode:
         return lambda text: fast.encode(text, add_special_tokens=False).ids
     from transformers import AutoTokenizer  # only checkpoints without tokenizer.json need it
 
-    return encoder(AutoTokenizer.from_pretrained(str(tokenizer)))
+    try:
+        return encoder(AutoTokenizer.from_pretrained(str(tokenizer)))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{tokenizer} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
 
 
 def documents(data: str, split: Split = "calibration") -> Iterator[str]:

@@ -51,12 +51,15 @@ def quantize(
     """
     from gptq_fn_interop.calib import tokens
     from gptq_fn_interop.hub import local
-    from gptq_fn_interop.stream import quantize_checkpoint
+    from gptq_fn_interop.shards import require_vacant
+    from gptq_fn_interop.stream import open_source, quantize_checkpoint
 
     began = time.perf_counter()
     base = QuantConfig(**{f.name: getattr(options, f.name) for f in fields(QuantConfig)})
     config = replace(base, rules=tuple(parse_rule(text, base) for text in rule))
+    require_vacant(destination)
     directory = local(source)
+    open_source(directory, config)  # what headers can tell comes before any work
     calib = tokens(data, directory, samples=samples, length=length, seed=seed)
     with progress("Quantizing blocks") as advance:
         report = quantize_checkpoint(directory, destination, calib, config, progress=lambda done, total, _: advance(done, total))

@@ -17,6 +17,12 @@ SHARD_BYTES = 4 * 2**30
 """The largest shard, unless one tensor is larger."""
 
 
+def require_vacant(destination: Path) -> None:
+    """Raise FileExistsError if something is at `destination`, unless it is an empty directory."""
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists already and is not empty; choose another directory or remove it.")
+
+
 @contextmanager
 def staged(destination: str | Path) -> Iterator[Path]:
     """A new directory beside `destination` that takes its name when the block ends well, and vanishes when it fails.
@@ -24,8 +30,7 @@ def staged(destination: str | Path) -> Iterator[Path]:
     Raises FileExistsError if something is at `destination` already.
     """
     destination = Path(destination)
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists already and is not empty; choose another directory or remove it.")
+    require_vacant(destination)
     aside = destination.with_name(f".{destination.name}.unfinished-{os.getpid()}")
     aside.mkdir(parents=True)
     try:

@@ -55,15 +55,7 @@ def quantize_checkpoint(
     before any work where the checkpoint, the config or the tokens are at fault.
     """
     config = config or QuantConfig()
-    checkpoint = Checkpoint(source)
-    if "quantization_config" in checkpoint.config:
-        raise ValueError(f"{source} is quantized already; quantize the float checkpoint that it was made from.")
-    spec = spec or spec_from_config(checkpoint.config)
-    checkpoint = checkpoint.aligned(spec)
-    if problems := (*check(spec, checkpoint.shapes), *_unstorable(spec, checkpoint.shapes, config)):
-        raise ValueError(
-            f"{source} cannot be quantized: {' '.join(problems[:5])}" + f" (and {len(problems) - 5} more)" * (len(problems) > 5)
-        )
+    checkpoint, spec = open_source(source, config, spec)
     _check_tokens(calib, checkpoint.shapes[f"{dict(spec.tensors)['embed']}.weight"][0])
 
     # On CPUs, XLA's Cholesky runs in SciPy's BLAS, whose threads spin while XLA's own are at work: one is faster.
@@ -88,6 +80,23 @@ def quantize_checkpoint(
         write_json(aside / "report.json", report.as_dict())
         _copy_companions(Path(source), aside)
     return report
+
+
+def open_source(source: str | Path, config: QuantConfig, spec: ModelSpec | None = None) -> tuple[Checkpoint, ModelSpec]:
+    """The float checkpoint in `source` and its spec, when everything that headers can tell says that it can be quantized.
+
+    Raises ValueError or OSError in a sentence where it cannot.
+    """
+    checkpoint = Checkpoint(source)
+    if "quantization_config" in checkpoint.config:
+        raise ValueError(f"{source} is quantized already; quantize the float checkpoint that it was made from.")
+    spec = spec or spec_from_config(checkpoint.config)
+    checkpoint = checkpoint.aligned(spec)
+    if problems := (*check(spec, checkpoint.shapes), *_unstorable(spec, checkpoint.shapes, config)):
+        raise ValueError(
+            f"{source} cannot be quantized: {' '.join(problems[:5])}" + f" (and {len(problems) - 5} more)" * (len(problems) > 5)
+        )
+    return checkpoint, spec
 
 
 def save_gptq(

@@ -1,0 +1,65 @@
+"""Text into tokens: full windows, chosen by a seed, from splits that share nothing."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gptq_fn_interop.calib import documents, encoder, tokens
+from tiny import save_tiny_llama
+from transformers import AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("calib") / "model")
+
+
+def test_windows_are_full_and_the_seed_alone_decides(model: Path) -> None:
+    state = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002 - the global state is what must not move
+    first = tokens("pydoc", model, samples=8, length=64, seed=3)
+    assert first.shape == (8, 64)
+    assert first.dtype == np.int32
+    np.testing.assert_array_equal(first, tokens("pydoc", model, samples=8, length=64, seed=3))
+    assert (first != tokens("pydoc", model, samples=8, length=64, seed=4)).any()
+    assert random.getstate() == state[0]
+    np.testing.assert_array_equal(np.random.get_state()[1], state[1])  # noqa: NPY002
+
+
+def test_windows_are_consecutive_text(model: Path) -> None:
+    text = "one two three four five six seven eight nine ten " * 20
+    ids = encoder(model)(text + "\n\n")
+    windows = tokens([text], model, samples=4, length=16, seed=None)
+    np.testing.assert_array_equal(windows.reshape(-1), ids[:64])
+
+
+def test_directories_and_transformers_tokenizers_agree(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    np.testing.assert_array_equal(tokens("pydoc", model, samples=2, length=32), tokens("pydoc", tokenizer, samples=2, length=32))
+
+
+def test_splits_of_the_documentation_share_no_text() -> None:
+    calibration, evaluation = set(documents("pydoc")), set(documents("pydoc", "evaluation"))
+    assert calibration
+    assert evaluation
+    assert not calibration & evaluation
+    lengths = sum(map(len, calibration)), sum(map(len, evaluation))
+    assert 0.8 < lengths[0] / lengths[1] < 1.25
+
+
+def test_too_little_text_is_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"fills 0 windows of 512 tokens, but 4 were asked for"):
+        tokens(["short"], model, samples=4, length=512)
+
+
+def test_files_and_datasets_by_path(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("words and more words " * 100, "utf-8")
+    assert tokens(str(text), model, samples=2, length=32).shape == (2, 32)
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps({"text": f"{split} {i} " * 50}) + "\n" for i in range(8)), "utf-8")
+    assert next(documents(str(data))).startswith("train 0")
+    assert next(documents(str(data), "evaluation")).startswith("test 0")

@@ -1,0 +1,93 @@
+"""The command as a user types it: results, sentences and exit statuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from gptq_fn_interop.cli import main, parse_rule
+from safetensors import safe_open
+from tiny import save_tiny_llama
+
+from gptq_fn import QuantConfig
+
+SMALL = ("--samples", "4", "--length", "32")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="module")
+def quantized(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    destination = tmp_path_factory.mktemp("cli") / "quantized"
+    rules = ("--rule", ".*down_proj => bits=8,group_size=none", ".*layers[.]0[.].*q_proj => skip")
+    main(["quantize", str(source), str(destination), "--group-size", "32", *rules, *SMALL])
+    return destination
+
+
+def failure(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return " ".join(said.split())
+
+
+def test_quantize_writes_what_was_asked_for(quantized: Path) -> None:
+    described = json.loads((quantized / "config.json").read_text())["quantization_config"]
+    assert (described["bits"], described["group_size"], described["sym"], described["desc_act"]) == (4, 32, True, False)
+    assert list(described["dynamic"]) == ["+:.*down_proj", "-:.*layers[.]0[.].*q_proj"]
+    with safe_open(quantized / "model.safetensors", "numpy") as file:
+        names = set(file.keys())
+        assert file.metadata() == {"format": "pt"}
+        assert file.get_slice("model.layers.0.mlp.down_proj.qweight").get_shape() == [96 * 8 // 32, 64]
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert "model.layers.1.self_attn.q_proj.qweight" in names
+    assert (quantized / "tokenizer.json").exists()
+    assert len(json.loads((quantized / "report.json").read_text())["linears"]) == 13
+
+
+def test_no_calibration_text_is_in_the_checkpoint(quantized: Path) -> None:
+    for path in quantized.glob("*.json"):
+        if not path.name.startswith("tokenizer"):
+            assert "statement" not in path.read_text("utf-8")  # a word of every page of the documentation
+
+
+def test_eval_measures_against_the_float_model(quantized: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["eval", str(quantized), "--reference", str(source), *SMALL])
+    said = capsys.readouterr().out
+    assert "perplexity" in said
+    assert "KL from the reference" in said
+
+
+def test_inspect_names_the_engines_and_their_reasons(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(quantized)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "11 linears: 4 bits, groups of 32, symmetric, float16 scales" in said
+    assert "zero points: v1" in said
+    assert "llama.cpp" in said
+
+
+def test_failures_are_sentences(source: Path, quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = str(tmp_path / "new")
+    assert "no config.json" in failure(capsys, "quantize", str(tmp_path), new)
+    assert "is quantized already" in failure(capsys, "quantize", str(quantized), new, *SMALL)
+    assert "exists already" in failure(capsys, "quantize", str(source), str(quantized), *SMALL)
+    assert "A rule reads" in failure(capsys, "quantize", str(source), new, "--rule", "down", *SMALL)
+    assert "must be positive" in failure(capsys, "quantize", str(source), new, "--rule", "x => group_size=0", *SMALL)
+    assert "no file 'no/such/data'" in failure(capsys, "quantize", str(source), new, "--data", "no/such/data", *SMALL)
+    assert "float checkpoint" in failure(capsys, "inspect", str(source))
+    assert not Path(new).exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_rules_change_the_base() -> None:
+    base = QuantConfig(bits=3, group_size=64)
+    rule = parse_rule("mlp.* => bits=8, sym=false, group-size=none", base)
+    assert rule.pattern == "mlp.*"
+    assert rule.config == QuantConfig(bits=8, group_size=None, sym=False)
+    assert parse_rule("x=>skip", base).config is None
+    with pytest.raises(ValueError, match="sets 'speed'"):
+        parse_rule("x => speed=9", base)

@@ -1,0 +1,32 @@
+"""The examples run as they are."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny import save_tiny_llama
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*args: object) -> str:
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_own_model() -> None:
+    said = run("examples/own_model.py")
+    assert "layers.2.mlp.down" in said
+    assert "continued:" in said
+
+
+def test_demo_on_a_small_model(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "tiny-llama")
+    said = run("examples/demo.py", "--model", model, "--build", tmp_path / "build", "--group-size", "32", "--samples", "4")
+    assert "perplexity on held-out text" in said
+    assert (tmp_path / "build" / "tiny-llama-gptq-4bit" / "model.safetensors").exists()
+
+
+def test_solver_benchmark() -> None:
+    assert "times" in run("benchmarks/solver.py", "--shapes", "32x128", "--runs", "1")
