@@ -82,7 +82,7 @@ def speak(directory: Path) -> str:
     import gptq_fn.interop  # noqa: F401 - lets transformers read GPTQ checkpoints
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="bfloat16")  # what CPUs multiply fastest with int4
     question = "What is the capital of France, and what is it known for?"
     if tokenizer.chat_template:
         question = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)

@@ -71,6 +71,8 @@ def _widths(spec: ModelSpec, shapes: Shapes) -> Iterator[str]:
     yield from _wrong(shapes, top.get("project_in"), (width, embedded))
     yield from _wrong(shapes, top.get("project_out"), (embedded, width))
     yield from _wrong(shapes, None if spec.tied else top.get("head"), (vocab, embedded))
+    if "positions" in top:
+        yield from _wrong(shapes, top["positions"], (shapes[f"{top['positions']}.weight"][0], width))
     for role in ("embed_norm", "final_norm"):
         yield from _wrong(shapes, top.get(role), (width,))
     for i, block in enumerate(spec.blocks):

@@ -65,7 +65,9 @@ def test_solve_is_textbook_gptq(config, data):
     assert list(f.order) == processing_order(np.diag(h.xx), config)
     q, objective = solve(w, f, config)
     exact = assert_textbook(q, w, h, config)
-    np.testing.assert_allclose(objective, exact, rtol=4e-6 * 2**config.bits, atol=1e-9 * float(jnp.abs(h.xx).max()))
+    start = problem(np.asarray(w), np.asarray(h.xx), config)
+    size = np.sqrt(np.einsum("oi,ij,oj->o", start.w, start.h, start.w))  # float32 rounds w, and so w - q
+    assert (np.abs(np.sqrt(objective) - np.sqrt(exact)) <= 2e-6 * size).all()
 
 
 @laws

@@ -49,7 +49,7 @@ def _scheme(config: QuantConfig) -> dict[str, Any]:
 
 def scheme_of(name: str, described: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `described` says of the linear called `name`, with its first matching rule; None where it is not quantized."""
-    for pattern, override in described.get("dynamic", {}).items():
+    for pattern, override in (described.get("dynamic") or {}).items():
         if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
             return None if pattern.startswith("-:") else {**described, **override}
     return dict(described)
@@ -100,10 +100,10 @@ def from_tensors(tensors: Mapping[str, np.ndarray], name: str, described: Mappin
     qweight, scales = tensors["qweight"], tensors["scales"]
     g_idx = tensors.get("g_idx")
     bits = int(scheme["bits"]) if g_idx is None else len(qweight) * 32 // len(g_idx)
-    inputs = len(qweight) * 32 // bits if g_idx is None else len(g_idx)
     groups, out = scales.shape
     if g_idx is None:
-        g_idx = np.arange(inputs) // (-(-inputs // groups) if scheme.get("group_size", -1) == -1 else scheme["group_size"])
+        g_idx = regular_groups(name, len(qweight) * 32 // bits, groups, scheme)
+    inputs = len(g_idx)
     zero = zero_points(tensors["qzeros"], bits, out, zeros_of(tensors["qzeros"], bits, out, scheme))
     q = QuantizedLinear(
         codes=jnp.asarray(unpack(qweight, bits, inputs, np.stack).T.astype(np.uint8)),
@@ -116,6 +116,15 @@ def from_tensors(tensors: Mapping[str, np.ndarray], name: str, described: Mappin
     if problems := q.problems():
         raise ValueError(f"{name}: {' '.join(problems)} The checkpoint is damaged or its quantization config belongs to another.")
     return q
+
+
+def regular_groups(name: str, inputs: int, groups: int, scheme: Mapping[str, Any]) -> np.ndarray:
+    """The g_idx [inputs] that a checkpoint left out: consecutive inputs share a group. Raises ValueError if it is not clear."""
+    described = scheme.get("group_size", -1)
+    for size in (inputs if described == -1 else described, inputs // groups):
+        if -(-inputs // size) == groups:
+            return np.arange(inputs, dtype=np.int32) // size
+    raise ValueError(f"{name} has no g_idx, and {groups} groups of {inputs} inputs do not tell how large a group is.")
 
 
 def zeros_of(qzeros: np.ndarray, bits: int, out: int, described: Mapping[str, Any]) -> Zeros:
@@ -133,7 +142,7 @@ def zeros_of(qzeros: np.ndarray, bits: int, out: int, described: Mapping[str, An
             return "v1"
     if described.get("checkpoint_format", described.get("format", "gptq")) == "gptq_v2":
         return "v2"
-    writers = str(described.get("meta", {}).get("quantizer", ""))
+    writers = str((described.get("meta") or {}).get("quantizer", ""))
     return "v1_carry" if "gptqmodel" in writers and bits != 3 and not described.get("sym", True) else "v1"
 
 

@@ -13,6 +13,7 @@ from gptq_fn import ModelSpec, Quantized, spec_from_config
 from gptq_fn_interop.gptq_format import quantization_config, zeros_version
 from gptq_fn_interop.params import read_params, write_params
 from gptq_fn_interop.quantizer import GPTQConfig, GptqQuantizer
+from gptq_fn_interop.stream import model_config
 from gptq_fn_interop.tensors import to_numpy, to_torch
 
 
@@ -35,9 +36,7 @@ def to_hf(quantized: Quantized, config: PreTrainedConfig | None = None) -> PreTr
     """
     spec, recipe = quantized.spec, quantized.report.config
     if config is None:
-        if spec.origin is None:
-            raise ValueError("The spec was written by hand, so transformers' config does not follow from it. Pass it as config=.")
-        origin = json.loads(spec.origin)
+        origin = model_config(spec)
         config = type(AutoConfig.for_model(origin["model_type"])).from_dict(origin)
     tensors = {name: to_torch(array) for name, array in write_params(spec, quantized.params, zeros_version(recipe))}
     quantizer = GptqQuantizer(GPTQConfig.from_dict(quantization_config(recipe)), pre_quantized=True)

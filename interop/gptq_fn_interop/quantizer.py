@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
-from gptq_fn_interop.gptq_format import TENSORS, scheme_of
+from gptq_fn_interop.gptq_format import TENSORS, regular_groups, scheme_of
 from gptq_fn_interop.qlinear import QuantLinear
 
 _FORMATS = ("gptq", "gptq_v2")
@@ -126,7 +126,7 @@ class GptqQuantizer(HfQuantizer):
                 raise ValueError(f"{stored_as} has a qweight but no {' and '.join(sorted(absent))}; the checkpoint is incomplete.")
             scheme = scheme_of(stored_as, described) or described
             if "g_idx" not in mine:
-                mine["g_idx"] = self._absent_g_idx[name] = _regular_groups(stored_as, inputs, len(mine["scales"]), scheme)
+                mine["g_idx"] = self._absent_g_idx[name] = torch.from_numpy(regular_groups(stored_as, inputs, len(mine["scales"]), scheme))
             try:
                 linear = QuantLinear(mine, _bits_of(mine["qweight"], inputs, scheme), scheme, backend)
             except ValueError as error:
@@ -216,12 +216,3 @@ def _bits_of(qweight: torch.Tensor, inputs: int, scheme: Mapping[str, Any]) -> i
         if words_of(inputs, bits) == len(qweight):
             return bits
     raise ValueError(f"A qweight of {len(qweight)} rows does not hold {inputs} inputs at 2, 3, 4 or 8 bits.")
-
-
-def _regular_groups(name: str, inputs: int, groups: int, scheme: Mapping[str, Any]) -> torch.Tensor:
-    """The g_idx that a checkpoint left out: consecutive inputs share a group."""
-    described = scheme.get("group_size", -1)
-    for size in (inputs if described == -1 else described, inputs // groups):
-        if -(-inputs // size) == groups:
-            return torch.arange(inputs, dtype=torch.int32, device="cpu") // size
-    raise ValueError(f"{name} has no g_idx, and {groups} groups of {inputs} inputs do not tell how large a group is.")

@@ -65,7 +65,6 @@ def quantize_checkpoint(
         xs = [x.astype(compute_dtype(x.dtype)) for x in embed_batches(spec, top, jnp.asarray(calib, jnp.int32))]
         for name, array in write_top(spec, top):
             writer.add(name, array)
-        del top
         reports = []
         blocks = (read_block(spec, i, checkpoint) for i in range(len(spec.blocks)))
         for i, (p, found) in enumerate(quantize_blocks(spec, blocks, xs, config)):
@@ -76,7 +75,7 @@ def quantize_checkpoint(
                 progress(i + 1, len(spec.blocks), found)
         writer.close()
         report = Report(config, tuple(reports))
-        _describe(aside, checkpoint.config, config)
+        _describe(aside, checkpoint.config, top["embed"]["weight"].dtype, config)
         write_json(aside / "report.json", report.as_dict())
         _copy_companions(Path(source), aside)
     return report
@@ -112,7 +111,7 @@ def save_gptq(
         for name, array in write_params(quantized.spec, quantized.params, zeros_version(quantized.report.config)):
             writer.add(name, array)
         writer.close()
-        _describe(aside, described, quantized.report.config)
+        _describe(aside, described, quantized.params["top"]["embed"]["weight"].dtype, quantized.report.config)
         write_json(aside / "report.json", quantized.report.as_dict())
 
 
@@ -160,10 +159,14 @@ def _check_tokens(calib: np.ndarray, vocabulary: int) -> None:
         )
 
 
-def _describe(directory: Path, model: dict[str, Any], config: QuantConfig) -> None:
-    """Write both places where readers look for the quantization config."""
+def _describe(directory: Path, model: dict[str, Any], embedding: np.dtype, config: QuantConfig) -> None:
+    """Write both places where readers look for the quantization config, and the dtype of what is not quantized.
+
+    Without a dtype, transformers' "auto" takes that of the first tensor, which may be a float16 scale.
+    """
     described = quantization_config(config)
-    write_json(directory / "config.json", {**model, "quantization_config": described})
+    dtype = {} if "dtype" in model or "torch_dtype" in model else {"dtype": str(embedding)}
+    write_json(directory / "config.json", {**model, **dtype, "quantization_config": described})
     write_json(directory / "quantize_config.json", described)
 
 

@@ -1,0 +1,63 @@
+"""What can be asked for, and what is refused when it is asked."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptq_fn import QuantConfig, Rule
+from gptq_fn.testing import configs
+
+
+@given(config=configs())
+def test_a_config_is_a_key(config):
+    assert {config: 1}[QuantConfig(**vars(config))] == 1
+    assert config.max_code == 2**config.bits - 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5."),
+        ({"order": "desc_act"}, "order must be one of natural, act, group, got 'desc_act'."),
+        ({"grid": "max"}, "grid must be one of minmax, mse, got 'max'."),
+        ({"group_size": 0}, "group_size must be positive, or None for one group a row, got 0."),
+        ({"group_size": -1}, "group_size must be positive, or None for one group a row, got -1."),
+        ({"damp": -0.1}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got -0.1."),
+        ({"damp": 1.0}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got 1.0."),
+        ({"damp": float("nan")}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got nan."),
+    ],
+)
+def test_an_impossible_config_is_refused_in_a_sentence(wrong, sentence):
+    with pytest.raises(ValueError, match="got") as error:
+        QuantConfig(**wrong)
+    assert str(error.value) == sentence
+
+
+def test_a_rule_is_refused_when_it_is_built():
+    with pytest.raises(ValueError, match=r"Rule pattern '\(' is not a regular expression"):
+        Rule("(")
+    with pytest.raises(ValueError, match="put all rules into the outer config"):
+        Rule("a", QuantConfig(rules=(Rule("b"),)))
+
+
+PATTERNS = (r"model\.layers\.0\.", r".*q_proj", r"model\.layers\.\d+\.mlp", r".*", r"q_proj")
+
+
+@given(
+    chosen=st.lists(st.sampled_from(PATTERNS), unique=True),
+    layer=st.integers(0, 2),
+    linear=st.sampled_from(("self_attn.q_proj", "mlp.up_proj")),
+)
+def test_the_first_rule_that_matches_from_the_start_wins(chosen, layer, linear):
+    name = f"model.layers.{layer}.{linear}"
+    matching = {  # written out, so that no regular expression checks itself
+        PATTERNS[0]: layer == 0,
+        PATTERNS[1]: linear == "self_attn.q_proj",
+        PATTERNS[2]: linear == "mlp.up_proj",
+        PATTERNS[3]: True,
+        PATTERNS[4]: False,
+    }
+    answers = {pattern: None if i % 2 else QuantConfig(8, 16 + i) for i, pattern in enumerate(PATTERNS)}
+    config = QuantConfig(3, 64, rules=tuple(Rule(pattern, answers[pattern]) for pattern in chosen))
+    expected = next((answers[pattern] for pattern in chosen if matching[pattern]), QuantConfig(3, 64))
+    assert config.resolve(name) == expected

@@ -1,0 +1,290 @@
+"""Whole models: every linear is textbook GPTQ on what enters it once the linears before it were rounded."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import Following, gptq, problem
+
+from gptq_fn import (
+    AttentionSpec,
+    BlockSpec,
+    LinearSpec,
+    MlpSpec,
+    ModelSpec,
+    NormSpec,
+    QuantConfig,
+    Quantized,
+    QuantizedLinear,
+    RopeSpec,
+    Rule,
+    add_rows,
+    block,
+    check,
+    dequantize,
+    embed_batches,
+    empty,
+    forward,
+    quantize,
+    round_to_nearest,
+)
+from gptq_fn.spec import TAPS
+
+WIDTH, HIDDEN, VOCAB = 32, 48, 61
+
+GATED = BlockSpec(
+    AttentionSpec(heads=4, kv_heads=2, head_dim=8, position=RopeSpec(8)),
+    MlpSpec("silu", "gated"),
+    NormSpec("rms", 1e-6),
+    (
+        LinearSpec("q", "q", "attn_in"),
+        LinearSpec("k", "k", "attn_in"),
+        LinearSpec("v", "v", "attn_in"),
+        LinearSpec("o", "o", "o_in"),
+        LinearSpec("gate", "gate", "mlp_in"),
+        LinearSpec("up", "up", "mlp_in"),
+        LinearSpec("down", "down", "down_in"),
+    ),
+    (("attn_in", "norm1"), ("mlp_in", "norm2")),
+)
+PARALLEL = BlockSpec(
+    AttentionSpec(heads=4, kv_heads=4, head_dim=8, qkv="concat"),
+    MlpSpec("relu"),
+    NormSpec("layer", 1e-5),
+    (
+        LinearSpec("qkv", "qkv", "attn_in"),
+        LinearSpec("up", "up", "attn_in"),  # reads what attention reads
+        LinearSpec("o", "o", "o_in"),
+        LinearSpec("down", "down", "down_in"),
+    ),
+    (("attn_in", "norm"),),
+    parallel=True,
+)
+TOP = (("embed", "embed"), ("final_norm", "norm"), ("head", "head"))
+
+
+def model(kind: BlockSpec, blocks: int) -> ModelSpec:
+    return ModelSpec((kind,) * blocks, "blocks.{i}.", TOP, kind.norm)
+
+
+def random_params(spec: ModelSpec) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+
+    def leaf(*shape: int, bias: bool = True) -> dict[str, jax.Array]:
+        weight = rng.normal(size=shape) / np.sqrt(shape[-1]) if len(shape) == 2 else 1 + 0.3 * rng.normal(size=shape)
+        found = {"weight": jnp.asarray(weight, jnp.float32)}
+        return {**found, "bias": jnp.asarray(0.1 * rng.normal(size=shape[0]), jnp.float32)} if bias else found
+
+    def of_block(block: BlockSpec) -> dict[str, Any]:
+        q, kv = block.attn.heads * block.attn.head_dim, block.attn.kv_heads * block.attn.head_dim
+        out = {"q": q, "k": kv, "v": kv, "qkv": q + 2 * kv, "o": WIDTH, "gate": HIDDEN, "up": HIDDEN, "down": WIDTH}
+        p = {x.role: leaf(out[x.role], HIDDEN if x.role == "down" else WIDTH, bias=x.role in ("q", "up", "o")) for x in block.linears}
+        return p | {slot: leaf(WIDTH, bias=block.norm.kind == "layer") for slot, _ in block.norms}
+
+    top = {"embed": leaf(VOCAB, WIDTH, bias=False), "final_norm": leaf(WIDTH, bias=False), "head": leaf(VOCAB, WIDTH, bias=False)}
+    return {"top": top, "blocks": [of_block(b) for b in spec.blocks]}
+
+
+def floats(p: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with dequantized weights."""
+
+    def dense(leaf: Any) -> Any:
+        if not isinstance(leaf, QuantizedLinear):
+            return leaf
+        return {"weight": dequantize(leaf)} | ({} if leaf.bias is None else {"bias": leaf.bias})
+
+    return {role: dense(leaf) for role, leaf in p.items()}
+
+
+class Case(NamedTuple):
+    spec: ModelSpec
+    params: dict[str, Any]
+    calib: np.ndarray
+    config: QuantConfig
+    quantized: Quantized
+
+
+RULES = (Rule(r"blocks\.1\.down"), Rule(r"blocks\.\d\.(k|down)", QuantConfig(8, None, order="natural", grid="minmax")))
+CASES = {
+    "sequential": (GATED, QuantConfig(4, 16, sym=False, grid="mse")),
+    "all-at-once": (GATED, QuantConfig(3, 16, sym=True, grid="minmax", order="act", sequential=False)),
+    "parallel-with-rules": (PARALLEL, QuantConfig(4, 20, sym=False, grid="minmax", static_groups=True, rules=RULES)),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    kind, config = CASES[request.param]
+    spec = model(kind, 2)
+    params = random_params(spec)
+    calib = np.random.default_rng(1).integers(0, VOCAB, (6, 24)).astype(np.int32)
+    return Case(spec, params, calib, config, quantize(params, spec, jnp.asarray(calib), config))
+
+
+def test_every_linear_is_textbook_gptq_on_what_enters_it(case):
+    """And the report says how far off its output is, in float64 too."""
+    reports = {report.name: report for report in case.quantized.report.linears}
+    (x,) = embed_batches(case.spec, case.params["top"], jnp.asarray(case.calib))
+    for i, (spec, p, q) in enumerate(zip(case.spec.blocks, case.params["blocks"], case.quantized.params["blocks"], strict=True)):
+        so_far = dict(p)
+        for tap in TAPS:
+            entering = block(spec, so_far, x)[1][tap]
+            h = add_rows(empty(entering.shape[-1]), entering)
+            for role in (linear.role for linear in spec.linears if linear.tap == tap):
+                name = f"blocks.{i}.{role}"
+                config = case.config.resolve(name)
+                if config is None:
+                    assert q[role] is p[role]
+                    assert name not in reports
+                    continue
+                assert q[role].bits == reports[name].bits == config.bits
+                assert q[role].bias is p[role].get("bias")
+                weight = np.asarray(p[role]["weight"])
+                follow = Following(config, q[role], slack=4e-6 * 2**config.bits)
+                found = gptq(problem(weight, np.asarray(h.xx), config), follow)
+                np.testing.assert_array_equal(q[role].group_of, found.group_of)
+                assert found.strayed <= 0.01 * weight.size
+                assert_report_is_true(reports[name], p[role]["weight"], q[role], np.asarray(entering, np.float64), config)
+                if case.config.sequential:
+                    so_far[role] = floats(q)[role]
+        x = block(spec, floats(q), x)[0]
+    assert len(reports) == sum(case.config.resolve(name) is not None for name in names(case.spec))
+
+
+def names(spec: ModelSpec) -> list[str]:
+    return [spec.name_of(i, linear) for i, b in enumerate(spec.blocks) for linear in b.linears]
+
+
+def assert_report_is_true(report, w, q, x, config) -> None:
+    def error(found: QuantizedLinear) -> float:
+        flat, weight = x.reshape(-1, x.shape[-1]), np.asarray(w, np.float64)
+        return np.linalg.norm((weight - np.asarray(dequantize(found), np.float64)) @ flat.T) / np.linalg.norm(weight @ flat.T)
+
+    np.testing.assert_allclose(report.error, error(q), rtol=1e-3)
+    np.testing.assert_allclose(report.rtn_error, error(round_to_nearest(w, config)), rtol=1e-3)
+    dead = int((x == 0).all((0, 1)).sum())
+    assert (report.shape, report.rows, report.dead, report.group_size) == (w.shape, x[..., 0].size, dead, config.group_size)
+    assert report.damp == np.float32(config.damp)
+    assert report.seconds > 0
+
+
+def test_quantized_leaves_compute_what_their_weights_compute(case):
+    tokens = jnp.asarray(case.calib[:2])
+    dense = {"top": case.params["top"], "blocks": [floats(p) for p in case.quantized.params["blocks"]]}
+    expected = np.asarray(forward(case.spec, dense, tokens))
+    np.testing.assert_allclose(forward(case.spec, case.quantized.params, tokens), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_report_lists_linears_in_forward_order(case):
+    report = case.quantized.report
+    order = {name: i for i, name in enumerate(names(case.spec))}
+    listed = [r.name for r in report.linears]
+    taps = {case.spec.name_of(i, x): (i, TAPS.index(x.tap)) for i, b in enumerate(case.spec.blocks) for x in b.linears}
+    assert [taps[name] for name in listed] == sorted(taps[name] for name in order if name in listed)
+    worst = report.worst(3)
+    assert [r.error for r in worst] == sorted((r.error for r in report.linears), reverse=True)[:3]
+    assert [line.split()[0] for line in report.table().splitlines()] == ["linear", *listed]
+    assert [line.split()[0] for line in report.table(worst).splitlines()] == ["linear", *(r.name for r in worst)]
+
+
+def test_bits_are_counted_with_scales_and_zero_points():
+    spec = model(GATED, 1)
+    report = quantize(random_params(spec), spec, jnp.ones((1, 2), jnp.int32), BY_HAND).report
+    by_hand = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "gate": (48, 32), "up": (48, 32), "down": (32, 48)}
+    stored = sum(out * (3 * inputs + (16 + 3) * (-(-inputs // 20))) for out, inputs in by_hand.values())
+    assert report.bits_per_weight == stored / sum(out * inputs for out, inputs in by_hand.values())
+
+
+BY_HAND = QuantConfig(3, 20, order="natural", grid="minmax")
+
+
+def test_a_hand_written_spec_passes_its_check():
+    for kind in (GATED, PARALLEL):
+        spec = model(kind, 2)
+        params = random_params(spec)
+        shapes = {f"{name}.{leaf}": a.shape for role, name in spec.tensors for leaf, a in params["top"][role].items()}
+        for i, p in enumerate(params["blocks"]):
+            modules = dict(kind.norms) | {x.role: x.name for x in kind.linears}
+            shapes |= {f"blocks.{i}.{modules[role]}.{leaf}": a.shape for role, leaves in p.items() for leaf, a in leaves.items()}
+        assert check(spec, shapes) == ()
+
+
+def test_linears_marked_so_stay_as_they_are():
+    q_only = replace(GATED, linears=tuple(replace(x, quantize=x.role == "q") for x in GATED.linears))
+    spec = model(q_only, 1)
+    assert q_only.stages == (("attn_in", ("q",)),)
+    params = random_params(spec)
+    quantized = quantize(params, spec, jnp.ones((1, 2), jnp.int32), BY_HAND)
+    assert [r.name for r in quantized.report.linears] == ["blocks.0.q"]
+    assert all(quantized.params["blocks"][0][x.role] is params["blocks"][0][x.role] for x in q_only.linears if not x.quantize)
+
+
+def test_models_in_bfloat16_are_quantized_as_they_are():
+    spec = model(PARALLEL, 1)
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), random_params(spec))
+    calib = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (6, 24)), jnp.int32)
+    quantized = quantize(params, spec, calib, QuantConfig(8, 16, grid="minmax", order="natural"))
+    assert max(r.error for r in quantized.report.linears) < 0.01
+    expected, found = (np.asarray(forward(spec, p, calib), np.float32) for p in (params, quantized.params))
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("samples", "time"), [(1, 5000), (6, 1024), (7, 1024), (5, 100), (64, 128)])
+def test_batches_hold_all_samples_in_order(samples, time):
+    spec = model(GATED, 0)
+    tokens = np.arange(samples * time).reshape(samples, time) % VOCAB
+    top = random_params(spec)["top"]
+    batches = embed_batches(spec, top, jnp.asarray(tokens, jnp.int32))
+    np.testing.assert_array_equal(jnp.concatenate(batches), np.asarray(top["embed"]["weight"])[tokens])
+    assert len({batch.shape for batch in batches}) == 1
+    assert all(len(batch) == 1 or batch.shape[0] * time <= 4096 for batch in batches)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_named(value):
+    spec = model(GATED, 2)
+    params = random_params(spec)
+    params["blocks"][0]["v"]["weight"] = params["blocks"][0]["v"]["weight"].at[3, 4].set(value)
+    with pytest.raises(ValueError, match=r"blocks\.0\.v: its weight holds infinite or NaN values"):
+        quantize(params, spec, jnp.ones((1, 2), jnp.int32), BY_HAND)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_sample_that_is_not_finite_is_named(value):
+    spec = model(GATED, 1)
+    params = random_params(spec)
+    params["top"]["embed"]["weight"] = params["top"]["embed"]["weight"].at[7, 4].set(value)
+    tokens = np.ones((6, 1024), np.int32)
+    tokens[4, 1000] = 7
+    assert len(embed_batches(spec, params["top"], jnp.asarray(tokens))) > 1
+    with pytest.raises(ValueError, match=r"blocks\.0\.q: calibration sample 4 makes its input infinite or NaN"):
+        quantize(params, spec, jnp.asarray(tokens), BY_HAND)
+
+
+def test_a_weight_that_lies_the_wrong_way_is_named():
+    spec = model(PARALLEL, 1)
+    params = random_params(spec)
+    params["blocks"][0]["qkv"]["weight"] = params["blocks"][0]["qkv"]["weight"].T
+    only = QuantConfig(4, 16, rules=(Rule(r".*up"),))
+    with pytest.raises(ValueError, match=r"blocks\.0\.qkv: its weight has 96 inputs but 32 features enter it\. Weights are \[out, in\]"):
+        quantize(params, spec, jnp.ones((1, 2), jnp.int32), only)
+
+
+def test_a_weight_too_large_for_a_float16_scale_is_named():
+    spec = model(GATED, 1)
+    params = random_params(spec)
+    params["blocks"][0]["q"]["weight"] = params["blocks"][0]["q"]["weight"] * 1e6
+    with pytest.raises(ValueError, match=r"blocks\.0\.q: a scale overflows float16"):
+        quantize(params, spec, jnp.ones((1, 2), jnp.int32), BY_HAND)
+
+
+def test_activations_too_large_for_float32_are_named():
+    spec = model(GATED, 1)
+    params = random_params(spec)
+    params["blocks"][0]["attn_in"]["weight"] = params["blocks"][0]["attn_in"]["weight"] * 1e25
+    with pytest.raises(ValueError, match=r"blocks\.0\.q: its Hessian cannot be factorized at any damping"):
+        quantize(params, spec, jnp.ones((1, 2), jnp.int32), BY_HAND)
