@@ -23,7 +23,7 @@ from gptq_fn.spec import TAPS, BlockSpec, ModelSpec, Tap
 TOKENS_PER_CALL = {"cpu": 512}
 """Calibration tokens that pass through a block at once, by JAX backend; 4096 elsewhere. On CPUs those of few stay in cache."""
 
-Batches = Sequence[Float[Array, "samples time width"]]
+Batches = Sequence[Float[Array, "batch time width"]]
 
 
 class Quantized(NamedTuple):

@@ -60,8 +60,11 @@ def factor(h: Hessian, config: QuantConfig) -> Factor:
         reversed_lower = jnp.linalg.cholesky(damped[::-1, ::-1])
         return jax.scipy.linalg.solve_triangular(reversed_lower[::-1, ::-1], jnp.eye(n, dtype=xx.dtype))
 
+    def usable(upper: Float[Array, "in in"]) -> Bool[Array, ""]:
+        return jnp.isfinite(upper).all() & (jnp.diagonal(upper) > 0).all()  # an infinite Hessian has an inverse of zeros
+
     def failed(state: tuple[Array, Array]) -> Bool[Array, ""]:
-        return ~jnp.isfinite(state[1]).all() & (state[0] < _LARGEST_DAMP)
+        return ~usable(state[1]) & (state[0] < _LARGEST_DAMP)
 
     def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
         damp = jnp.clip(2 * state[0], 0.01, _LARGEST_DAMP)
@@ -69,7 +72,7 @@ def factor(h: Hessian, config: QuantConfig) -> Factor:
 
     first = jnp.asarray(config.damp, xx.dtype)
     damp, upper = jax.lax.while_loop(failed, again, (first, attempt(first)))
-    return Factor(upper, dead, order, jnp.where(jnp.isfinite(upper).all(), damp, jnp.nan))
+    return Factor(upper, dead, order, jnp.where(usable(upper), damp, jnp.nan))
 
 
 def _processing_order(importance: Float[Array, " in"], config: QuantConfig) -> Int[Array, " in"]:

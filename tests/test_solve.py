@@ -172,9 +172,10 @@ def test_inputs_that_were_all_zero_give_zero_weights():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_hessian_that_is_not_finite_has_no_damping(value):
-    xx = jnp.eye(IN).at[3, 5].set(value).at[5, 3].set(value)
-    assert np.isnan(factor(Hessian(xx, jnp.asarray(1, jnp.int32)), LAWS[0]).damp)
+@pytest.mark.parametrize("where", [(3, 5), (3, 3), (slice(None), slice(None))], ids=["one", "diagonal", "all"])
+def test_a_hessian_that_is_not_finite_has_no_damping(value, where):
+    xx = jnp.eye(IN).at[where].set(value)
+    assert np.isnan(factor(Hessian(jnp.maximum(xx, xx.T), jnp.asarray(1, jnp.int32)), LAWS[0]).damp)
 
 
 def test_weights_in_half_precision_are_solved_in_float32():

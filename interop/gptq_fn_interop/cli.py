@@ -33,7 +33,7 @@ def quantize(
     options: Annotated[_Options, arg(name="")] = _Options(),
     rule: Annotated[tuple[str, ...], arg(metavar="'REGEX => skip | key=value,...'")] = (),
     data: str = "pydoc",
-    samples: int = 128,
+    samples: int = 64,
     length: int = 512,
     seed: int = 0,
 ) -> None:
