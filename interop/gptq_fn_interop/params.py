@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptq_fn import ModelSpec, QuantizedLinear
-from gptq_fn_interop.gptq_format import TENSORS, Zeros, from_tensors, to_tensors
+from gptq_fn_interop.gptq_format import TENSORS, Zeros, from_tensors, scheme_of, to_tensors
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -64,16 +64,22 @@ def write_block(spec: ModelSpec, i: int, p: Mapping[str, Any], zeros: Zeros) -> 
             yield from _write(leaf, name, transposed=linear.stored == "in_out")
 
 
-def dense_shapes(shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """The shapes as they were before quantizing: a weight in place of each qweight and its companions."""
+def dense_shapes(
+    shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec, described: Mapping[str, Any] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes as they were before quantizing: a weight in place of each qweight and its companions.
+
+    Where there is no g_idx to tell the number of inputs, `described`, the quantization config, tells the bits.
+    """
     linears = {spec.name_of(i, linear): linear for i, block in enumerate(spec.blocks) for linear in block.linears}
     found = dict(shapes)
     for name, linear in linears.items():
         if f"{name}.qweight" in shapes:
-            *_, out = shapes[f"{name}.scales"]
+            words, out = shapes[f"{name}.qweight"]
             for leaf in ("qweight", "qzeros", "scales", "g_idx"):
                 found.pop(f"{name}.{leaf}", None)
-            inputs = shapes[f"{name}.g_idx"][0]
+            told = shapes.get(f"{name}.g_idx")
+            inputs = told[0] if told else words * 32 // int((scheme_of(name, described or {}) or {})["bits"])
             found[f"{name}.weight"] = (out, inputs) if linear.stored == "out_in" else (inputs, out)
     return found
 

@@ -87,7 +87,7 @@ def open_source(source: str | Path, config: QuantConfig, spec: ModelSpec | None 
     Raises ValueError or OSError in a sentence where it cannot.
     """
     checkpoint = Checkpoint(source)
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.quantization is not None:
         raise ValueError(f"{source} is quantized already; quantize the float checkpoint that it was made from.")
     spec = spec or spec_from_config(checkpoint.config)
     checkpoint = checkpoint.aligned(spec)
@@ -120,7 +120,7 @@ def load_gptq(directory: str | Path, *, spec: ModelSpec | None = None) -> tuple[
     checkpoint = Checkpoint(directory)
     spec = spec or spec_from_config(checkpoint.config)
     checkpoint = checkpoint.aligned(spec)
-    if problems := check(spec, dense_shapes(checkpoint.shapes, spec)):
+    if problems := check(spec, dense_shapes(checkpoint.shapes, spec, checkpoint.quantization)):
         raise ValueError(f"{directory} is not what its config says: {' '.join(problems[:5])}")
     return read_params(spec, checkpoint, checkpoint.quantization), spec
 
