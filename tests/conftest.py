@@ -17,12 +17,12 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Shapes and types of everything but the configuration, whose own sentences are tested, and strategies, in which beartype's
-# sampling of containers would look like a hidden source of randomness.
+# Shapes and types of everything but values whose own sentences are tested, and strategies, in which beartype's sampling of
+# containers would look like a hidden source of randomness.
 _core = importlib.util.find_spec("gptq_fn")
 assert _core is not None
 _checked = {f"gptq_fn.{module.name}" for module in pkgutil.iter_modules(_core.submodule_search_locations)}
-install_import_hook(sorted(_checked - {"gptq_fn._config", "gptq_fn.testing"}), "beartype.beartype")
+install_import_hook(sorted(_checked - {"gptq_fn._config", "gptq_fn._quantized", "gptq_fn.testing"}), "beartype.beartype")
 
 hypothesis.settings.register_profile("here", deadline=None, max_examples=10, print_blob=True, report_multiple_bugs=False)
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("here"), derandomize=True)

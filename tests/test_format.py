@@ -55,7 +55,7 @@ def test_a_linear_survives_the_format_bit_for_bit(out, inputs, bits, zeros, sym,
         "g_idx": ((inputs,), "int32"),
     }
     assert all(a.flags.c_contiguous for a in tensors.values())
-    described = {"sym": sym, "checkpoint_format": "gptq" if zeros == "v1" else "gptq_v2"}
+    described = {"bits": bits, "sym": sym, "checkpoint_format": "gptq" if zeros == "v1" else "gptq_v2"}
     assert_identical(from_tensors(tensors, "a", described), q)
 
 
@@ -151,6 +151,23 @@ def test_three_bits_need_whole_chunks(shape):
     )
     with pytest.raises(ValueError, match="3-bit codes are stored in chunks of 32, but the weight is"):
         to_tensors(q, "v1")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("says", [{}, {"bits": 2}, {"bits": 3}, {"bits": 4}, {"bits": 8}])
+def test_bits_are_those_of_the_tensors_whatever_the_config_says(bits, says):
+    theirs = random_linear(np.random.default_rng(0), 64, 32, Scheme(bits, 16))
+    found = from_tensors({name: a.numpy() for name, a in theirs.tensors.items()}, "a", says)
+    assert found.bits == bits
+    np.testing.assert_allclose(dequantize(found), theirs.weight, rtol=1e-6)
+
+
+def test_without_g_idx_the_config_has_to_tell_the_bits():
+    tensors = {name: a.numpy() for name, a in random_linear(np.random.default_rng(0), 64, 32, Scheme(4, 16, g_idx=False)).tensors.items()}
+    with pytest.raises(ValueError, match="a has no g_idx and its quantization config names no bits"):
+        from_tensors(tensors, "a", {})
+    with pytest.raises(ValueError, match="a has no g_idx, and 3 groups of 64 inputs do not tell"):
+        from_tensors({**tensors, "scales": tensors["scales"][:3]}, "a", {"bits": 4, "group_size": 16})
 
 
 def damaged(**changes: Any) -> dict[str, np.ndarray]:

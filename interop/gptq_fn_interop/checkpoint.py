@@ -50,7 +50,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def _shards(self) -> list[Path]:
         index = self.directory / INDEX
         if index.exists():
-            named = sorted(set(read_json(index)["weight_map"].values()))
+            weight_map = read_json(index).get("weight_map")
+            if not weight_map or not isinstance(weight_map, dict):
+                raise ValueError(f"{index} has no weight_map, which says where each tensor is; the index is damaged.")
+            named = sorted(set(map(str, weight_map.values())))
         else:
             single = (self.directory / SINGLE).exists()
             named = [SINGLE] if single else sorted(path.name for path in self.directory.glob("*.safetensors"))
@@ -60,8 +63,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
                 "pickled files are never read."
             )
         for name in named:
-            if Path(name).name != name:
-                raise ValueError(f"{index} points to {name!r}, outside its directory; the index is damaged or malicious.")
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index} points to {name!r}, which is no file of its directory; the index is damaged or malicious.")
             if not (self.directory / name).exists():
                 raise FileNotFoundError(f"{self.directory / name} is named by {INDEX} but is not there; the checkpoint is incomplete.")
         return [self.directory / name for name in named]

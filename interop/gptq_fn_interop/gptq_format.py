@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from gptq_fn_kernels.words import chunk_of, pack, unpack
+from gptq_fn_kernels.words import chunk_of, pack, unpack, words_of
 
 from gptq_fn import QuantConfig, QuantizedLinear
 
@@ -78,7 +78,7 @@ def to_tensors(q: QuantizedLinear, zeros: Zeros) -> dict[str, np.ndarray]:
             raise ValueError("A zero point of 0 cannot be stored in a version 1 checkpoint; write gptq_v2.")
         zero = zero - 1
     tensors = {
-        "qweight": pack(_whole_chunks(codes.T, q.bits), q.bits, np.stack),
+        "qweight": np.ascontiguousarray(pack(_whole_chunks(codes.T, q.bits), q.bits, np.stack)),
         "qzeros": np.ascontiguousarray(pack(_whole_chunks(zero, q.bits), q.bits, np.stack).T),
         "scales": np.ascontiguousarray(np.asarray(q.scale).T),
         "g_idx": np.asarray(q.group_of).astype(np.int32),
@@ -93,13 +93,17 @@ def _whole_chunks(codes: np.ndarray, bits: int) -> np.ndarray:
 def from_tensors(tensors: Mapping[str, np.ndarray], name: str, described: Mapping[str, Any]) -> QuantizedLinear:
     """The linear `name` of a checkpoint that `described` (its quantization config) tells of.
 
-    Bits come from the shapes, where g_idx gives the number of inputs, else from `described`. Raises ValueError for
-    tensors that do not belong together.
+    Bits come from `described`, or from the shapes where these say otherwise: rules may name linears in other ways. Raises
+    ValueError for tensors that do not belong together.
     """
     scheme = scheme_of(name, described) or {}
     qweight, scales = tensors["qweight"], tensors["scales"]
     g_idx = tensors.get("g_idx")
-    bits = int(scheme["bits"]) if g_idx is None else len(qweight) * 32 // len(g_idx)
+    bits = int(scheme.get("bits", 0))
+    if g_idx is not None and words_of(len(g_idx), bits) != len(qweight):
+        bits = len(qweight) * 32 // len(g_idx)
+    if not bits:
+        raise ValueError(f"{name} has no g_idx and its quantization config names no bits: one of them has to tell how many inputs it has.")
     groups, out = scales.shape
     if g_idx is None:
         g_idx = regular_groups(name, len(qweight) * 32 // bits, groups, scheme)
