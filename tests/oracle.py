@@ -66,7 +66,7 @@ def groups(order: list[int], config: QuantConfig) -> np.ndarray:
     return np.arange(n) // size
 
 
-def grid(w: np.ndarray, config: QuantConfig, factor: float, nudge: tuple[float, float] = (0, 0)) -> tuple[np.ndarray, np.ndarray]:
+def grid(w: np.ndarray, config: QuantConfig, factor: float, nudge: tuple[float, float] = (0.0, 0.0)) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point of each row over `factor` times its range; `nudge` moves both before they are rounded."""
     top = 2**config.bits - 1
     low, high = np.minimum(w.min(1), 0) * factor, np.maximum(w.max(1), 0) * factor
@@ -126,11 +126,11 @@ class Following(Nearest):
         _, scale, zero = self.found
         scale, zero = scale[:, group], zero[:, group]
         factors = FACTORS if config.grid == "mse" else [1.0]
-        nudges = [(s, z) for s in (-1e-5, 0, 1e-5) for z in (-slack, 0, slack)]  # 1e-5 is far below float16's step
+        nudges = [(s, z) for s in (-1e-5, 0.0, 1e-5) for z in (-slack, 0.0, slack)]  # 1e-5 is far below float16's step
         tried = np.array([[grid(w, config, factor, nudge) for nudge in nudges] for factor in factors])
         possible = (np.abs(tried[:, :, 0] - scale) < 1e-9 * scale) & (tried[:, :, 1] == zero)
         assert possible.any((0, 1)).all(), f"group {group}: no factor gives the grid of rows {np.nonzero(~possible.any((0, 1)))[0]}"
-        error = np.array([[rounding_error(w, *g, config.bits) for g in row] for row in tried])
+        error = np.array([[rounding_error(w, g[0], g[1], config.bits) for g in row] for row in tried])
         ours, best = rounding_error(w, scale, zero, config.bits), error.max(1).min(0)
         step = slack * scale**2 * w.shape[1]
         assert (ours <= best * (1 + slack) + step).all(), f"group {group}: a better grid exists for rows {np.nonzero(ours > best)[0]}"

@@ -111,7 +111,7 @@ def test_shards_hold_the_same_tensors(source, quantized, tmp_path):
 
 
 def test_bfloat16_stays_bfloat16(source, tmp_path):
-    transformers.AutoModelForCausalLM.from_pretrained(source).to(torch.bfloat16).save_pretrained(tmp_path / "in")
+    transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
     only = QuantConfig(4, 32, grid="minmax", rules=(Rule(r".*layers\.0\.self_attn\.o"), Rule(r".*layers\.[01]\.(self_attn|mlp)\.[^o]")))
     report = quantize_checkpoint(tmp_path / "in", tmp_path / "out", TOKENS, only)
     assert [r.name for r in report.linears] == ["model.layers.1.self_attn.o_proj"]

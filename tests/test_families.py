@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ def test_the_logits_are_those_of_transformers(model, tmp_path):
     params = read_params(spec, tensors)
     assert tensors.reads == dict.fromkeys(checkpoint, 1)
     with torch.no_grad():
-        expected = model(torch.from_numpy(TOKENS).long()).logits.numpy()
+        expected = model.forward(torch.from_numpy(TOKENS).long()).logits.numpy()
     logits = np.asarray(forward(spec, params, jnp.asarray(TOKENS)))
     assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
 
@@ -147,12 +148,12 @@ def test_every_family_is_tried():
     assert {kind for kind, _ in CASES.values()} == set(FAMILIES)
 
 
-def config_of(case: str) -> dict[str, object]:
+def config_of(case: str) -> dict[str, Any]:
     kind, options = CASES[case]
     return json.loads(transformers.AutoConfig.for_model(kind, **options).to_json_string(use_diff=False))
 
 
-def older(config: Mapping[str, object]) -> dict[str, object]:
+def older(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same config as transformers 4 wrote it."""
     old = {name: value for name, value in config.items() if name != "layer_types"}
     rope = dict(old.pop("rope_parameters"))
