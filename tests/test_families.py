@@ -134,7 +134,7 @@ def test_sampling_is_decided_by_its_key(tmp_path):
 def test_a_base_model_is_read_under_the_names_of_the_whole(case, tmp_path):
     model = build(*CASES[case])
     spec, whole = saved(model, tmp_path / "whole")
-    model.base_model.save_pretrained(tmp_path / "base")
+    getattr(model, model.base_model_prefix).save_pretrained(tmp_path / "base")
     base = Checkpoint(tmp_path / "base")
     assert base.keys() != whole.keys()
     aligned = base.aligned(spec)

@@ -68,6 +68,17 @@ def test_the_search_is_never_worse_than_the_range(bits, sym, w):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_search_finds_the_range_in_which_all_weights_but_one_are_levels(bits):
+    """One row for each factor of the search, from 1 down to 0.4 in steps of 0.04."""
+    scale = (2 * np.linspace(1, 0.4, 16) / (2**bits - 1)).astype(np.float16)
+    codes = np.tile(np.arange(2**bits), 400)
+    w = scale[:, None] * (codes - 2 ** (bits - 1)) * (codes > 0)  # the lowest level may lie beyond the largest weight
+    assert (np.abs(w) < 1).all()
+    w[:, 0] = 1
+    np.testing.assert_array_equal(find(jnp.asarray(w, jnp.float32), bits=bits, sym=True, method="mse").scale, scale)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_search_is_better_for_normal_weights(bits):
     w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 128)), jnp.float32)
     errors = {m: ((round_trip(w, find(w, bits=bits, sym=True, method=m), bits) - w) ** 2).sum() for m in ("minmax", "mse")}
