@@ -42,7 +42,7 @@ class QuantConfig:
     """Added to the Hessian's diagonal, relative to the diagonal's mean; raised where the factorization fails."""
     order: Order = "group"
     """Order of the columns: as stored, by importance ("act", known as desc_act), or by importance inside and among
-    the stored groups ("group": nearly as good as "act", and every engine loads the result)."""
+    the stored groups ("group": g_idx stays trivial, so engines that refuse desc_act load the result)."""
     static_groups: bool = False
     """Take all scales from the original weights, by stored position, before the first column is rounded."""
     grid: Search = "mse"

@@ -67,11 +67,11 @@ def factor(h: Hessian, config: QuantConfig) -> Factor:
         return ~usable(state[1]) & (state[0] < _LARGEST_DAMP)
 
     def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        damp = jnp.clip(2 * state[0], 0.01, _LARGEST_DAMP)
+        damp = jnp.where(state[0] < 0, config.damp, jnp.clip(2 * state[0], 0.01, _LARGEST_DAMP))
         return damp, attempt(damp)
 
-    first = jnp.asarray(config.damp, xx.dtype)
-    damp, upper = jax.lax.while_loop(failed, again, (first, attempt(first)))
+    untried = jnp.asarray(-1.0, xx.dtype), jnp.zeros_like(xx)  # nothing usable, so that the loop holds the only attempt
+    damp, upper = jax.lax.while_loop(failed, again, untried)
     return Factor(upper, dead, order, jnp.where(usable(upper), damp, jnp.nan))
 
 

@@ -56,7 +56,7 @@ def scheme_of(name: str, described: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def zeros_version(config: QuantConfig) -> Zeros:
-    """v1 where everything is symmetric, which every engine reads; v2 else, since v1 has no room for a zero point of 0."""
+    """v1 where everything is symmetric, the older and wider read of the two; v2 else, since v1 has no room for a zero point of 0."""
     symmetric = config.sym and all(rule.config is None or rule.config.sym for rule in config.rules)
     return "v1" if symmetric else "v2"
 
@@ -99,15 +99,10 @@ def from_tensors(tensors: Mapping[str, np.ndarray], name: str, described: Mappin
     scheme = scheme_of(name, described) or {}
     qweight, scales = tensors["qweight"], tensors["scales"]
     g_idx = tensors.get("g_idx")
-    bits = int(scheme.get("bits", 0))
-    if g_idx is not None and words_of(len(g_idx), bits) != len(qweight):
-        bits = len(qweight) * 32 // len(g_idx)
-    if not bits:
-        raise ValueError(f"{name} has no g_idx and its quantization config names no bits: one of them has to tell how many inputs it has.")
+    bits, inputs = bits_and_inputs(name, len(qweight), None if g_idx is None else len(g_idx), scheme)
     groups, out = scales.shape
     if g_idx is None:
-        g_idx = regular_groups(name, len(qweight) * 32 // bits, groups, scheme)
-    inputs = len(g_idx)
+        g_idx = regular_groups(name, inputs, groups, scheme)
     zero = zero_points(tensors["qzeros"], bits, out, zeros_of(tensors["qzeros"], bits, out, scheme))
     q = QuantizedLinear(
         codes=jnp.asarray(unpack(qweight, bits, inputs, np.stack).T.astype(np.uint8)),
@@ -120,6 +115,22 @@ def from_tensors(tensors: Mapping[str, np.ndarray], name: str, described: Mappin
     if problems := q.problems():
         raise ValueError(f"{name}: {' '.join(problems)} The checkpoint is damaged or its quantization config belongs to another.")
     return q
+
+
+def bits_and_inputs(name: str, words: int, inputs: int | None, scheme: Mapping[str, Any]) -> tuple[int, int]:
+    """The bits and inputs of a qweight with this many rows; `inputs` is None where there is no g_idx to tell them.
+
+    Raises ValueError where neither g_idx nor the scheme tells.
+    """
+    bits = int(scheme.get("bits", 0))
+    if inputs is None:
+        if not bits:
+            raise ValueError(
+                f"{name} has no g_idx and its quantization config names no bits: one of them has to tell how many inputs it has."
+            )
+        return bits, words * 32 // bits
+    fits = bits and words_of(inputs, bits) == words  # of a narrow layer, the shapes leave several possibilities
+    return bits if fits else words * 32 // inputs, inputs
 
 
 def regular_groups(name: str, inputs: int, groups: int, scheme: Mapping[str, Any]) -> np.ndarray:

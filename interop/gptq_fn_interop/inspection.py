@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gptq_fn_interop.checkpoint import Checkpoint
-from gptq_fn_interop.gptq_format import Zeros, scheme_of, zeros_of
+from gptq_fn_interop.gptq_format import Zeros, bits_and_inputs, scheme_of, zeros_of
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def _linear(checkpoint: Checkpoint, name: str, described: dict[str, Any]) -> Lin
     scheme = scheme_of(name, described) or described
     (rows, out), (groups, _) = checkpoint.shapes[f"{name}.qweight"], checkpoint.shapes[f"{name}.scales"]
     has_g_idx = f"{name}.g_idx" in checkpoint
-    inputs = checkpoint.shapes[f"{name}.g_idx"][0] if has_g_idx else rows * 32 // int(scheme["bits"])
-    bits = rows * 32 // inputs
+    bits, inputs = bits_and_inputs(name, rows, checkpoint.shapes[f"{name}.g_idx"][0] if has_g_idx else None, scheme)
     size = inputs if groups == 1 else int(scheme.get("group_size", -(-inputs // groups)))
     irregular = has_g_idx and bool((checkpoint[f"{name}.g_idx"] != np.arange(inputs) // size).any())
     zeros = zeros_of(checkpoint[f"{name}.qzeros"], bits, out, scheme)

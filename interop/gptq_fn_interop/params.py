@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptq_fn import ModelSpec, QuantizedLinear
-from gptq_fn_interop.gptq_format import TENSORS, Zeros, from_tensors, scheme_of, to_tensors
+from gptq_fn_interop.gptq_format import TENSORS, Zeros, bits_and_inputs, from_tensors, scheme_of, to_tensors
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -78,8 +78,8 @@ def dense_shapes(
             words, out = shapes[f"{name}.qweight"]
             for leaf in ("qweight", "qzeros", "scales", "g_idx"):
                 found.pop(f"{name}.{leaf}", None)
-            told = shapes.get(f"{name}.g_idx")
-            inputs = told[0] if told else words * 32 // int((scheme_of(name, described or {}) or {})["bits"])
+            told, scheme = shapes.get(f"{name}.g_idx"), scheme_of(name, described or {}) or {}
+            _, inputs = bits_and_inputs(name, words, told[0] if told else None, scheme)
             found[f"{name}.weight"] = (out, inputs) if linear.stored == "out_in" else (inputs, out)
     return found
 
