@@ -3,6 +3,7 @@
 from gptq_fn._config import QuantConfig, Rule
 from gptq_fn._grid import Grid, decode, encode, find_grid
 from gptq_fn._hessian import Hessian, add_rows, empty, merge
+from gptq_fn._linears import quantize_linears
 from gptq_fn._quantize import Quantized, embed_batches, quantize, quantize_block, quantize_blocks
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
@@ -48,6 +49,7 @@ __all__ = [
     "quantize",
     "quantize_block",
     "quantize_blocks",
+    "quantize_linears",
     "round_to_nearest",
     "solve",
     "spec_from_config",

@@ -1,7 +1,5 @@
 """Quantizing a model block by block: each block sees its inputs as the quantized blocks before it make them."""
 
-import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptq_fn._config import QuantConfig
 from gptq_fn._hessian import Hessian, add_rows, empty
-from gptq_fn._quantized import QuantizedLinear, dequantize
+from gptq_fn._linears import quantize_linears
+from gptq_fn._quantized import dequantize
 from gptq_fn._report import LinearReport, Report
-from gptq_fn._solve import factor, round_to_nearest, solve
 from gptq_fn.model.block import BlockParams, State, advance, enter
 from gptq_fn.model.decoder import Params, embed
 from gptq_fn.spec import TAPS, BlockSpec, ModelSpec, Tap
@@ -97,7 +95,10 @@ def quantize_block(
                 gathered[tap] = roles, _gather(ahead, names[roles[0]])
         del ahead
         for roles, h in gathered.values():
-            for role, q, report in _solve_stage(running, roles, h, plan, names):
+            role_of = {names[role]: role for role in roles}
+            chosen = {names[role]: plan[role] for role in roles}
+            for name, q, report in quantize_linears({names[role]: running[role] for role in roles}, h, chosen):
+                role = role_of[name]
                 result[role] = q
                 running[role] = {"weight": dequantize(q)} if q.bias is None else {"weight": dequantize(q), "bias": q.bias}
                 reports.append(report)
@@ -140,65 +141,3 @@ def _gather(states: Sequence[State], name: str) -> Hessian:
             "Check the sample and the model's weights; a float16 model may need bfloat16 or float32."
         )
     return h
-
-
-def _solve_stage(
-    p: BlockParams, roles: Sequence[str], h: Hessian, plan: Mapping[str, QuantConfig], names: Mapping[str, str]
-) -> Iterator[tuple[str, QuantizedLinear, LinearReport]]:
-    """The quantized linears that read one input. Those of one configuration are solved together, as rows of one matrix."""
-    alike: dict[QuantConfig, list[str]] = defaultdict(list)
-    for role in roles:
-        alike[plan[role]].append(role)
-    for config, together in alike.items():
-        began = time.perf_counter()
-        for role in together:
-            if not bool(jnp.isfinite(p[role]["weight"]).all()):
-                raise ValueError(f"{names[role]}: its weight holds infinite or NaN values; the checkpoint is damaged.")
-        w = jnp.concatenate([p[role]["weight"].astype(jnp.float32) for role in together])
-        if w.shape[1] != len(h.xx):
-            raise ValueError(
-                f"{names[together[0]]}: its weight has {w.shape[1]} inputs but {len(h.xx)} features enter it. "
-                "Weights are [out, in]; a Conv1D checkpoint needs stored='in_out' in its LinearSpec."
-            )
-        f = factor(h, config)
-        if not bool(jnp.isfinite(f.damp)):
-            raise ValueError(f"{names[together[0]]}: its Hessian cannot be factorized at any damping; its inputs may overflow float32.")
-        q, _ = solve(w, f, config)
-        lost, rtn_lost, whole = _energies(w, q, round_to_nearest(w, config), h)
-        if not bool(jnp.isfinite(q.scale).all()):
-            raise ValueError(
-                f"{names[together[0]]}: a scale overflows float16, the type that checkpoints store; its weights are too large."
-            )
-        seconds, start = time.perf_counter() - began, 0
-        for role in together:
-            rows = slice(start, start + p[role]["weight"].shape[0])
-            start = rows.stop
-            mine = QuantizedLinear(q.codes[rows], q.scale[rows], q.zero[rows], q.group_of, q.bits, p[role].get("bias"))
-            report = LinearReport(
-                name=names[role],
-                bits=config.bits,
-                group_size=config.group_size,
-                shape=mine.shape,
-                rows=int(h.rows),
-                dead=int(f.dead.sum()),
-                error=_relative(lost[rows], whole[rows]),
-                rtn_error=_relative(rtn_lost[rows], whole[rows]),
-                damp=float(f.damp),
-                seconds=seconds * mine.shape[0] / len(w),
-            )
-            yield role, mine, report
-
-
-@jax.jit
-def _energies(
-    w: Float[Array, "out in"], q: QuantizedLinear, rtn: QuantizedLinear, h: Hessian
-) -> tuple[Float[Array, " out"], Float[Array, " out"], Float[Array, " out"]]:
-    """For each row, the squared norm over the calibration inputs of the error of `q`, of that of `rtn`, and of the output."""
-    rows = jnp.stack([w - dequantize(q), w - dequantize(rtn), w])
-    energies = (jnp.matmul(rows, h.xx, precision=jax.lax.Precision.HIGHEST) * rows).sum(-1)
-    return energies[0], energies[1], energies[2]
-
-
-def _relative(lost: Float[Array, " rows"], whole: Float[Array, " rows"]) -> float:
-    lost, whole = (np.asarray(a, np.float64).sum() for a in (lost, whole))
-    return float(np.sqrt(max(lost, 0.0) / whole)) if whole > 0 else 0.0
