@@ -56,7 +56,7 @@ def quantize_checkpoint(
     """
     config = config or QuantConfig()
     checkpoint, spec = open_source(source, config, spec)
-    _check_tokens(calib, checkpoint.shapes[f"{dict(spec.tensors)['embed']}.weight"][0])
+    check_tokens(calib, checkpoint.shapes[f"{dict(spec.tensors)['embed']}.weight"][0])
 
     # On CPUs, XLA's Cholesky runs in SciPy's BLAS, whose threads spin while XLA's own are at work: one is faster.
     with staged(destination) as aside, threadpool_limits(1, "blas"):
@@ -75,9 +75,9 @@ def quantize_checkpoint(
                 progress(i + 1, len(spec.blocks), found)
         writer.close()
         report = Report(config, tuple(reports))
-        _describe(aside, checkpoint.config, top["embed"]["weight"].dtype, config)
+        describe(aside, checkpoint.config, top["embed"]["weight"].dtype, config)
         write_json(aside / "report.json", report.as_dict())
-        _copy_companions(Path(source), aside)
+        copy_companions(Path(source), aside)
     return report
 
 
@@ -111,7 +111,7 @@ def save_gptq(
         for name, array in write_params(quantized.spec, quantized.params, zeros_version(quantized.report.config)):
             writer.add(name, array)
         writer.close()
-        _describe(aside, described, quantized.params["top"]["embed"]["weight"].dtype, quantized.report.config)
+        describe(aside, described, quantized.params["top"]["embed"]["weight"].dtype, quantized.report.config)
         write_json(aside / "report.json", quantized.report.as_dict())
 
 
@@ -150,7 +150,8 @@ def _unstorable(spec: ModelSpec, shapes: Shapes, config: QuantConfig) -> Iterato
                     yield f"{name}: {reason}"
 
 
-def _check_tokens(calib: np.ndarray, vocabulary: int) -> None:
+def check_tokens(calib: np.ndarray, vocabulary: int) -> None:
+    """Raise ValueError unless `calib` is token ids [samples, time] below `vocabulary`."""
     if calib.ndim != 2 or not calib.size or not np.issubdtype(calib.dtype, np.integer):
         raise ValueError(f"Calibration tokens are whole numbers [samples, time]; got {calib.dtype} {list(calib.shape)}.")
     if calib.min() < 0 or calib.max() >= vocabulary:
@@ -159,7 +160,7 @@ def _check_tokens(calib: np.ndarray, vocabulary: int) -> None:
         )
 
 
-def _describe(directory: Path, model: dict[str, Any], embedding: np.dtype, config: QuantConfig) -> None:
+def describe(directory: Path, model: dict[str, Any], embedding: np.dtype, config: QuantConfig) -> None:
     """Write both places where readers look for the quantization config, and the dtype of what is not quantized.
 
     Without a dtype, transformers' "auto" takes that of the first tensor, which may be a float16 scale.
@@ -170,7 +171,8 @@ def _describe(directory: Path, model: dict[str, Any], embedding: np.dtype, confi
     write_json(directory / "quantize_config.json", described)
 
 
-def _copy_companions(source: Path, destination: Path) -> None:
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy what belongs to a model beside its tensors: tokenizer, chat template, licence."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_dir():
