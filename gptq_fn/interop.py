@@ -8,20 +8,27 @@ from gptq_fn_interop.qlinear import QuantLinear
 from gptq_fn_interop.quantizer import register
 from gptq_fn_interop.stream import load_gptq, quantize_checkpoint, save_gptq
 from gptq_fn_interop.tensors import to_jax, to_torch
+from gptq_fn_interop.trace import Trace, TracedBlock, trace
+from gptq_fn_interop.traced import TracedReport, quantize_traced
 
 __all__ = [
     "Evaluation",
     "QuantLinear",
+    "Trace",
+    "TracedBlock",
+    "TracedReport",
     "evaluate",
     "from_hf",
     "inspect",
     "load_gptq",
     "quantize_checkpoint",
+    "quantize_traced",
     "save_gptq",
     "to_hf",
     "to_jax",
     "to_torch",
     "tokens",
+    "trace",
 ]
 
 register()

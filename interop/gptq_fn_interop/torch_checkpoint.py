@@ -1,0 +1,109 @@
+"""A torch model some of whose linears were quantized: written as a checkpoint under the names of save_pretrained, or made so in place."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from gptq_fn import QuantConfig, QuantizedLinear, Report, Rule
+from gptq_fn_interop.gptq_format import quantization_config, to_tensors, zeros_version
+from gptq_fn_interop.qlinear import QuantLinear
+from gptq_fn_interop.quantizer import GPTQConfig, GptqQuantizer
+from gptq_fn_interop.shards import ShardWriter, write_json
+from gptq_fn_interop.stream import copy_companions, describe
+from gptq_fn_interop.tensors import to_numpy, to_torch
+
+
+def stored_names(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
+    """What those that are linears are called on disk; None for one whose weight is not stored as it is but split, joined or permuted."""
+    found = {f"{name}.weight" for name in names}
+    weights = {n: torch.empty_like(p, device="meta") for n, p in model.named_parameters(remove_duplicate=False) if n in found}
+    on_disk = _reverted(model, weights)
+    names_of = {id(tensor): key.removesuffix(".weight") for key, tensor in on_disk.items() if key.endswith(".weight")}
+    return {name.removesuffix(".weight"): names_of.get(id(tensor)) for name, tensor in weights.items()}
+
+
+def with_exceptions(report: Report, names: Iterable[str]) -> Report:
+    """`report` with a rule for each of these linears that leaves it out: readers that go by the config have to be told."""
+    config = report.config
+    rules = tuple(Rule(f"{re.escape(name)}$") for name in names if config.resolve(name) is not None)
+    return replace(report, config=replace(config, rules=(*rules, *config.rules)))
+
+
+class ModelWriter:
+    """Writes a model into a new directory, block by block, with quantized linears in place of some of its own."""
+
+    def __init__(self, model: nn.Module, directory: Path, shard_bytes: int):
+        """What is not quantized is written as the model holds it now; tied tensors once."""
+        self._model, self._directory, self._shards = model, directory, ShardWriter(directory, shard_bytes)
+        self._rest = _own_tensors(model)
+
+    def add(self, block: str, linears: Mapping[str, QuantizedLinear], stored: Mapping[str, str | None], config: QuantConfig) -> None:
+        """Write the tensors of one block."""
+        for name, q in linears.items():
+            for leaf in ("weight", "bias"):
+                self._rest.pop(f"{name}.{leaf}", None)
+            for leaf, array in to_tensors(q, zeros_version(config)).items():
+                self._shards.add(f"{stored[name]}.{leaf}", array)
+        self._add([name for name in self._rest if name.startswith(f"{block}.")])
+
+    def close(self, report: Report, exact: Report) -> None:
+        """Write the tensors outside of the blocks and the files that describe them all; `exact` is what engines are told."""
+        self._add(list(self._rest))
+        self._shards.close()
+        dtype = str(next(p.dtype for p in self._model.parameters() if p.is_floating_point())).removeprefix("torch.")
+        own: dict[str, Any] = {"architectures": [type(self._model).__name__], "dtype": dtype}
+        if isinstance(self._model, PreTrainedModel):
+            own = {**json.loads(self._model.config.to_json_string()), **own}
+            if self._model.can_generate() and self._model.generation_config is not None:
+                self._model.generation_config.save_pretrained(self._directory)
+            copy_companions(Path(self._model.name_or_path or "no such directory"), self._directory)
+        describe(self._directory, own, np.dtype(np.float32), exact)
+        write_json(self._directory / "report.json", report.as_dict())
+
+    def _add(self, names: Sequence[str]) -> None:
+        for name, tensor in _reverted(self._model, {name: self._rest.pop(name) for name in names}).items():
+            self._shards.add(name, to_numpy(tensor))
+
+
+def layer(q: QuantizedLinear, config: QuantConfig, device: torch.device) -> QuantLinear:
+    """A QuantLinear of the same weight and bias; `config` is that of the whole model."""
+    zeros = zeros_version(config)
+    tensors = {leaf: to_torch(array).to(device) for leaf, array in to_tensors(q, zeros).items()}
+    return QuantLinear(tensors, q.bits, {"sym": zeros == "v1", "checkpoint_format": "gptq" if zeros == "v1" else "gptq_v2"})
+
+
+def install(model: nn.Module, layers: Mapping[str, QuantLinear], exact: Report) -> None:
+    """Put the layers in the places of the linears they were made of; a transformers model then saves and loads as quantized."""
+    for name, linear in layers.items():
+        model.set_submodule(name, linear)
+    if isinstance(model, PreTrainedModel):
+        quantizer: Any = GptqQuantizer(GPTQConfig.from_dict(quantization_config(exact)), pre_quantized=True)
+        quantizer.preprocess_model(model, tensors={})
+        model.hf_quantizer = quantizer
+        quantizer.postprocess_model(model)
+
+
+def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without what is tied to another tensor of it; nothing is copied."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    if isinstance(model, PreTrainedModel):
+        for name in model._keys_to_ignore_on_save or ():
+            state.pop(name, None)
+        return remove_tied_weights_from_state_dict(state, model)
+    seen: set[Any] = set()
+    places = {name: (t.data_ptr(), t.shape, t.stride()) for name, t in state.items()}
+    return {name: t for name, t in state.items() if places[name] not in seen and not seen.add(places[name])}
+
+
+def _reverted(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return revert_weight_conversion(model, tensors) if isinstance(model, PreTrainedModel) else tensors
