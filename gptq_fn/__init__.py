@@ -4,7 +4,7 @@ from gptq_fn._config import QuantConfig, Rule
 from gptq_fn._grid import Grid, decode, encode, find_grid
 from gptq_fn._hessian import Hessian, add_rows, empty, merge
 from gptq_fn._linears import quantize_linears
-from gptq_fn._quantize import Quantized, embed_batches, quantize, quantize_block, quantize_blocks
+from gptq_fn._quantize import Quantized, embed_batches, head_plan, quantize, quantize_block, quantize_blocks, quantize_head
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
 from gptq_fn._solve import Factor, factor, round_to_nearest, solve
@@ -12,20 +12,50 @@ from gptq_fn.check import check
 from gptq_fn.families import FAMILIES, spec_from_config
 from gptq_fn.model.block import block
 from gptq_fn.model.decoder import forward, generate
-from gptq_fn.spec import AttentionSpec, BlockSpec, LinearSpec, MlpSpec, ModelSpec, NormSpec, RopeScaling, RopeSpec
+from gptq_fn.spec import (
+    AlibiSpec,
+    AttentionSpec,
+    BlockSpec,
+    DynamicScaling,
+    FusedSpec,
+    LatentAttentionSpec,
+    LinearScaling,
+    LinearSpec,
+    Llama3Scaling,
+    LongScaling,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+    NormSpec,
+    ProportionalScaling,
+    QkNormSpec,
+    RopeScaling,
+    RopeSpec,
+    YarnScaling,
+)
 
 __all__ = [
     "FAMILIES",
+    "AlibiSpec",
     "AttentionSpec",
     "BlockSpec",
+    "DynamicScaling",
     "Factor",
+    "FusedSpec",
     "Grid",
     "Hessian",
+    "LatentAttentionSpec",
     "LinearReport",
+    "LinearScaling",
     "LinearSpec",
+    "Llama3Scaling",
+    "LongScaling",
     "MlpSpec",
     "ModelSpec",
+    "MoeSpec",
     "NormSpec",
+    "ProportionalScaling",
+    "QkNormSpec",
     "QuantConfig",
     "Quantized",
     "QuantizedLinear",
@@ -33,6 +63,7 @@ __all__ = [
     "RopeScaling",
     "RopeSpec",
     "Rule",
+    "YarnScaling",
     "add_rows",
     "block",
     "check",
@@ -45,10 +76,12 @@ __all__ = [
     "find_grid",
     "forward",
     "generate",
+    "head_plan",
     "merge",
     "quantize",
     "quantize_block",
     "quantize_blocks",
+    "quantize_head",
     "quantize_linears",
     "round_to_nearest",
     "solve",

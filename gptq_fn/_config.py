@@ -7,6 +7,7 @@ from typing import Literal, get_args
 Bits = Literal[2, 3, 4, 8]
 Order = Literal["natural", "act", "group"]
 Search = Literal["minmax", "mse"]
+Seen = Literal["routed", "all"]
 
 
 @dataclass(frozen=True)
@@ -49,25 +50,36 @@ class QuantConfig:
     """How a group's scale is chosen: cover the range, or search for the least squared rounding error."""
     sequential: bool = True
     """Linears of one block see the rounding errors of those before them."""
+    experts: Seen = "routed"
+    """The calibration tokens that an expert sees: those routed to it, or all of them."""
+    min_rows: int = 32
+    """A linear that fewer calibration tokens than this reach is rounded to nearest; its report says so."""
+    untie: bool = False
+    """Give a model whose head is its embedding a head of its own, where a rule quantizes it."""
     rules: tuple[Rule, ...] = ()
-    """Exceptions by name; the first match wins."""
+    """Exceptions by name; the first match wins. Routers and the head are quantized only where a rule with a config names them."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("bits", Bits), ("order", Order), ("grid", Search)):
+        for name, kind in (("bits", Bits), ("order", Order), ("grid", Search), ("experts", Seen)):
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be positive, or None for one group a row, got {self.group_size}.")
+        if self.min_rows < 0:
+            raise ValueError(f"min_rows is a number of calibration tokens, got {self.min_rows}.")
         if not 0 <= self.damp < 1:
             raise ValueError(f"damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got {self.damp}.")
 
-    def resolve(self, name: str) -> "QuantConfig | None":
-        """The configuration of the linear called `name`, without rules; None when it stays as it is."""
+    def resolve(self, name: str, *, usual: bool = True) -> "QuantConfig | None":
+        """The configuration of the linear called `name`, without rules; None when it stays as it is.
+
+        `usual=False` is for linears that stay as they are unless a rule names them.
+        """
         for rule in self.rules:
             if re.match(rule.pattern, name):
                 return rule.config
-        return replace(self, rules=())
+        return replace(self, rules=()) if usual else None
 
     @property
     def max_code(self) -> int:

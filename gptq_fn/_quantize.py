@@ -1,6 +1,8 @@
 """Quantizing a model block by block: each block sees its inputs as the quantized blocks before it make them."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,13 +12,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gptq_fn._config import QuantConfig
+from gptq_fn._experts import quantize_experts
 from gptq_fn._hessian import Hessian, add_rows, empty
 from gptq_fn._linears import quantize_linears
-from gptq_fn._quantized import dequantize
+from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
 from gptq_fn.model.block import BlockParams, State, advance, enter
-from gptq_fn.model.decoder import Params, embed
-from gptq_fn.spec import TAPS, BlockSpec, ModelSpec, Tap
+from gptq_fn.model.decoder import Params, embed, head_input
+from gptq_fn.spec import STOP_OF, BlockSpec, ModelSpec, MoeSpec, Stop, Tap
 
 TOKENS_PER_CALL = {"cpu": 512}
 """Calibration tokens that pass through a block at once, by JAX backend; 4096 elsewhere. On CPUs those of few stay in cache."""
@@ -35,14 +38,19 @@ class Quantized(NamedTuple):
 def quantize(params: Params, spec: ModelSpec, calib: Int[Array, "samples time"], config: QuantConfig | None = None) -> Quantized:
     """GPTQ on a whole model in memory.
 
-    `params` is {"top": {role: {"weight", "bias"}}, "blocks": [{role: {"weight", "bias"}}]} with weights [out, in];
-    `calib` holds token ids, without padding. Computation runs in the dtype of the embedding. Raises ValueError where
-    weights or activations are not finite.
+    `params` is {"top": {role: {"weight", "bias"}}, "blocks": [{role: {"weight", "bias"}}]} with weights [out, in], those
+    of experts [experts, out, in]; `calib` holds token ids, without padding. Computation runs in the dtype of the
+    embedding. Raises ValueError where weights or activations are not finite, and for rules that cannot be followed.
     """
     config = config or QuantConfig()
-    done = list(quantize_blocks(spec, params["blocks"], embed_batches(spec, params["top"], calib), config))
-    report = Report(config, tuple(r for _, reports in done for r in reports))
-    return Quantized({"top": params["top"], "blocks": [p for p, _ in done]}, spec, report)
+    head_plan(spec, config)
+    xs, blocks, reports = embed_batches(spec, params["top"], calib), [], []
+    for p, found, after in quantize_blocks(spec, params["blocks"], xs, config):
+        xs = after
+        blocks.append(p)
+        reports.extend(found)
+    spec, top, found = quantize_head(spec, params["top"], xs, config)
+    return Quantized({"top": top, "blocks": blocks}, spec, Report(config, (*reports, *found)))
 
 
 def embed_batches(spec: ModelSpec, top: Mapping[str, Any], calib: Int[Array, "samples time"]) -> Batches:
@@ -55,17 +63,70 @@ def embed_batches(spec: ModelSpec, top: Mapping[str, Any], calib: Int[Array, "sa
 
 def quantize_blocks(
     spec: ModelSpec, blocks: Iterable[BlockParams], xs: Batches, config: QuantConfig
-) -> Iterator[tuple[BlockParams, tuple[LinearReport, ...]]]:
-    """Each block of `blocks` quantized, with reports, in order; one block at a time is asked for.
+) -> Iterator[tuple[BlockParams, tuple[LinearReport, ...], Batches]]:
+    """Each block of `blocks` quantized, its reports, and what leaves it, in order; one block at a time is asked for.
 
     `xs` is what enters the first block. Raises ValueError as `quantize` does, naming the linear and the sample.
     """
     for i, (block_spec, p) in enumerate(zip(spec.blocks, blocks, strict=True)):
         names = {linear.role: spec.name_of(i, linear) for linear in block_spec.linears}
-        chosen = {linear.role: config.resolve(names[linear.role]) for linear in block_spec.linears if linear.quantize}
-        plan = {role: found for role, found in chosen.items() if found is not None}
-        quantized, reports, xs = quantize_block(block_spec, p, xs, plan, names, sequential=config.sequential)
-        yield quantized, reports
+        quantized, reports, xs = quantize_block(block_spec, p, xs, _plan(spec, i, config), names, sequential=config.sequential)
+        yield quantized, reports, xs
+
+
+def _plan(spec: ModelSpec, i: int, config: QuantConfig) -> dict[str, QuantConfig]:
+    """The configuration of each role of block `i` that is to be quantized. Raises ValueError where experts would differ."""
+    plan = {}
+    for linear in spec.blocks[i].linears:
+        chosen = {config.resolve(name, usual=linear.quantize) for name in spec.names_of(i, linear)}
+        if len(chosen) > 1:
+            raise ValueError(
+                f"{spec.name_of(i, linear)}: the rules treat its experts differently, but one program computes them all. "
+                "Write a rule that matches every expert of the block or none."
+            )
+        if (found := chosen.pop()) is not None:
+            plan[linear.role] = found
+    return plan
+
+
+def head_plan(spec: ModelSpec, config: QuantConfig) -> QuantConfig | None:
+    """How to quantize the head; None where it stays as it is. Raises ValueError where a rule asks for what cannot be."""
+    name = dict(spec.tensors).get("head")
+    found = None if name is None else config.resolve(name, usual=False)
+    if found is not None and spec.tied and not config.untie:
+        raise ValueError(
+            f"A rule quantizes {name}, but this model's head is its embedding. Pass untie=True to give it a head of its own, "
+            f"or put Rule({name!r}) before the other rules to leave it alone."
+        )
+    return found
+
+
+def quantize_head(
+    spec: ModelSpec, top: Mapping[str, Any], xs: Batches, config: QuantConfig
+) -> tuple[ModelSpec, Mapping[str, Any], tuple[LinearReport, ...]]:
+    """The spec and the parameters outside the blocks, with the head quantized where a rule asks for it.
+
+    `xs` is what leaves the last block. Raises ValueError as `head_plan` does.
+    """
+    plan, name = head_plan(spec, config), dict(spec.tensors).get("head")
+    if plan is None or name is None:
+        return spec, top, ()
+    shell = replace(spec, blocks=())
+    states = [State(x, {"head_in": _head_input(shell, top, x)}, {}) for x in xs]
+    leaf = top["embed"] if spec.tied else top["head"]
+    ((_, head, report),) = quantize_linears({name: leaf}, _gather(states, "head_in", name), {name: plan})
+    return _untied(spec), {**top, "head": head}, (report,)
+
+
+def _untied(spec: ModelSpec) -> ModelSpec:
+    """The spec with a head of its own, which its config.json says too."""
+    if not spec.tied:
+        return spec
+    origin = None if spec.origin is None else json.dumps({**json.loads(spec.origin), "tie_word_embeddings": False})
+    return replace(spec, tied=False, origin=origin)
+
+
+_head_input = jax.jit(head_input, static_argnames="spec")
 
 
 def quantize_block(
@@ -80,31 +141,44 @@ def quantize_block(
     """The block with the roles of `plan` quantized, their reports, and what leaves the quantized block.
 
     Where `sequential`, the linears at a tap are solved before the next tap is computed; else all taps are computed from
-    the float block first.
+    the float block. `names` maps roles to the names that reports use, with "{n}" for the number of an expert.
     """
     running, result, reports = dict(p), dict(p), []
     states = [_enter(spec, p, x) for x in xs]
-    passes: list[tuple[Tap, ...]] = [(tap,) for tap in TAPS] if sequential else [TAPS]
-    for taps in passes:
-        gathered: dict[Tap, tuple[list[str], Hessian]] = {}
-        ahead = list(states)
-        for k, tap in enumerate(taps):
-            if k:
-                _advance_all(spec, running, ahead, taps[k - 1])
-            if roles := [x.role for x in spec.linears if x.tap == tap and x.role in plan]:
-                gathered[tap] = roles, _gather(ahead, names[roles[0]])
-        del ahead
-        for roles, h in gathered.values():
-            role_of = {names[role]: role for role in roles}
-            chosen = {names[role]: plan[role] for role in roles}
-            for name, q, report in quantize_linears({names[role]: running[role] for role in roles}, h, chosen):
-                role = role_of[name]
-                result[role] = q
-                running[role] = {"weight": dequantize(q)} if q.bias is None else {"weight": dequantize(q), "bias": q.bias}
-                reports.append(report)
-        for tap in taps:
-            _advance_all(spec, running, states, tap)
+    for stop in spec.stops:
+        for tap, roles in spec.stages:
+            mine = {role: plan[role] for role in roles if role in plan}
+            if STOP_OF[tap] == stop and mine:
+                for role, q, found in _quantize_tap(spec, running, tap, states, mine, names):
+                    result[role] = q
+                    reports.extend(found)
+        if sequential:
+            running.update({role: _dequantized(q) for role, q in result.items() if isinstance(q, QuantizedLinear)})
+        _advance_all(spec, running, states, stop)
+    if not sequential:
+        states = [_enter(spec, result, x) for x in xs]
+        for stop in spec.stops:
+            _advance_all(spec, result, states, stop)
     return result, tuple(reports), [state.x for state in states]
+
+
+def _quantize_tap(
+    spec: BlockSpec, p: BlockParams, tap: Tap, states: Sequence[State], plan: Mapping[str, QuantConfig], names: Mapping[str, str]
+) -> Iterator[tuple[str, QuantizedLinear, tuple[LinearReport, ...]]]:
+    """The roles of `plan`, which read `tap`, quantized, with their reports."""
+    if tap in ("expert_in", "expert_down_in"):
+        assert isinstance(spec.ffn, MoeSpec)
+        yield from quantize_experts(spec.ffn, p, tap, states, plan, names)
+        return
+    role_of = {names[role]: role for role in plan}
+    h = _gather(states, tap, next(iter(role_of)))
+    for name, q, report in quantize_linears({n: p[r] for n, r in role_of.items()}, h, {n: plan[r] for n, r in role_of.items()}):
+        yield role_of[name], q, (report,)
+
+
+def _dequantized(q: QuantizedLinear) -> dict[str, Array]:
+    weight = dequantize(q) if q.codes.ndim == 2 else jax.vmap(dequantize)(q)
+    return {"weight": weight} if q.bias is None else {"weight": weight, "bias": q.bias}
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -112,15 +186,15 @@ def _enter(spec: BlockSpec, p: BlockParams, x: Array) -> State:
     return enter(spec, p, x)
 
 
-@partial(jax.jit, static_argnames=("spec", "tap"))
-def _advance(spec: BlockSpec, p: BlockParams, state: State, tap: Tap) -> State:
-    return advance(spec, p, state, tap)[0]
+@partial(jax.jit, static_argnames=("spec", "stop"))
+def _advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop) -> State:
+    return advance(spec, p, state, stop)[0]
 
 
-def _advance_all(spec: BlockSpec, p: BlockParams, states: list[State], tap: Tap) -> None:
-    """Move every state on from `tap`, in place: only one state exists twice at a time."""
+def _advance_all(spec: BlockSpec, p: BlockParams, states: list[State], stop: Stop) -> None:
+    """Move every state on from `stop`, in place: only one state exists twice at a time."""
     for i, state in enumerate(states):
-        states[i] = _advance(spec, p, state, tap)
+        states[i] = _advance(spec, p, state, stop)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -128,11 +202,11 @@ def _add(h: Hessian, x: Float[Array, "samples time features"]) -> tuple[Hessian,
     return add_rows(h, x), jnp.isfinite(x).all((1, 2))
 
 
-def _gather(states: Sequence[State], name: str) -> Hessian:
+def _gather(states: Sequence[State], tap: str, name: str) -> Hessian:
     """The Hessian of what enters the linear `name`. Raises ValueError naming the first sample that is not finite."""
-    h, finite = empty(states[0].tap.shape[-1]), []
+    h, finite = empty(states[0].taps[tap].shape[-1]), []
     for state in states:
-        h, fine = _add(h, state.tap)
+        h, fine = _add(h, state.taps[tap])
         finite.append(fine)
     fine = np.concatenate([np.asarray(f) for f in finite])
     if not fine.all():

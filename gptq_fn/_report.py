@@ -27,6 +27,8 @@ class LinearReport:
     """The damping that the factorization needed, relative to the Hessian's mean diagonal."""
     seconds: float
     """Time of its factorization and solution, shared among the linears of one stage by their rows."""
+    rounded: bool = False
+    """Whether it was rounded to nearest, because fewer tokens than the configuration's min_rows reached it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Report:
         """Bits of codes, 16-bit scales and zero points, per quantized weight."""
         weights = sum(x.shape[0] * x.shape[1] for x in self.linears)
         return sum(_bits(x) for x in self.linears) / max(weights, 1)
+
+    @property
+    def rounded(self) -> tuple[LinearReport, ...]:
+        """The linears that too few calibration tokens reached, which were rounded to nearest."""
+        return tuple(x for x in self.linears if x.rounded)
 
     def table(self, linears: Iterable[LinearReport] | None = None) -> str:
         """A text table of these linears; of all of them by default."""

@@ -21,7 +21,7 @@ from gptq_writer import quantization_config as written_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptq_fn import QuantConfig, QuantizedLinear, Rule, dequantize
+from gptq_fn import QuantConfig, QuantizedLinear, Report, Rule, dequantize
 from gptq_fn.testing import quantized_linears
 
 SHAPES = [(32, 64), (20, 36), (1, 7)]
@@ -205,7 +205,7 @@ CONFIG = QuantConfig(
 
 
 def test_rules_are_written_in_their_order_and_read_as_they_were_meant():
-    described = quantization_config(CONFIG)
+    described = quantization_config(Report(CONFIG, ()))
     assert list(described["dynamic"]) == ["+:.*z", "-:.*a", r"+:model\.layers\.1\.", "+:.*b"]
     for name in ("model.z", "model.za", "model.az", "model.layers.1.a", "model.layers.1.q", "model.layers.10.q", "b"):
         resolved, found = CONFIG.resolve(name), scheme_of(name, described)
@@ -224,7 +224,7 @@ def test_rules_are_written_in_their_order_and_read_as_they_were_meant():
 
 
 def test_the_config_has_the_keys_that_engines_need():
-    described = quantization_config(QuantConfig())
+    described = quantization_config(Report(QuantConfig(), ()))
     needed = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "quant_method": "gptq", "checkpoint_format": "gptq"}
     assert needed.items() <= described.items()
     assert "dynamic" not in described
@@ -236,7 +236,7 @@ def test_version_2_wherever_a_grid_may_be_asymmetric(sym, inner):
     rules = tuple(Rule(str(i), None if s is None else QuantConfig(sym=s)) for i, s in enumerate(inner))
     config = QuantConfig(sym=sym, rules=rules)
     assert zeros_version(config) == ("v2" if not sym or False in inner else "v1")
-    assert quantization_config(config)["checkpoint_format"] == {"v1": "gptq", "v2": "gptq_v2"}[zeros_version(config)]
+    assert quantization_config(Report(config, ()))["checkpoint_format"] == {"v1": "gptq", "v2": "gptq_v2"}[zeros_version(config)]
 
 
 def test_the_writer_of_these_tests_streams_bits():

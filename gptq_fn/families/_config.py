@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gptq_fn.spec import Activation, RopeScaling, RopeSpec
+from gptq_fn.families._rope import scaling_of
+from gptq_fn.spec import Activation, ProportionalScaling, RopeSpec
 
 # fmt: off
 HARMLESS = frozenset({
@@ -29,6 +30,8 @@ _ACT: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu2": "relu2",
 }
 _REQUIRED = object()
 
@@ -67,39 +70,29 @@ class Config:
             raise ValueError(f"The config says {name} = {found!r}; the activations that are understood are {', '.join(_ACT)}.")
         return _ACT[found]
 
-    def rope(self, head_dim: int, *, partial: float = 1.0, interleaved: bool = False) -> RopeSpec:
-        """Rotary positions as transformers 5 writes them (rope_parameters) or as older files do (rope_theta, rope_scaling)."""
+    def rope(
+        self, head_dim: int, *, partial: float = 1.0, interleaved: bool = False, theta: float = 10000.0, layer: str | None = None
+    ) -> RopeSpec:
+        """Rotary positions as transformers 5 writes them (rope_parameters) or as older files do (rope_theta, rope_scaling).
+
+        `layer` is a layer type ("sliding_attention", ...), for configs that hold parameters for each.
+        """
         new = dict(self.get("rope_parameters", default={}))
+        new = dict(new.get(layer) or {}) if layer in new else new
         old = dict(self.get("rope_scaling", default={}))
         self.get("rope_type", default=None)
-        theta = self.get("rope_theta", "rotary_emb_base", default=10000.0)
+        theta = self.get("rope_theta", "rotary_emb_base", default=theta)
         partial = self.get("partial_rotary_factor", "rotary_pct", default=partial)
         found = {"rope_theta": theta, "partial_rotary_factor": partial, **old, **new}
-        dim = int(head_dim * found.pop("partial_rotary_factor"))
-        theta = float(found.pop("rope_theta"))
-        return RopeSpec(dim, theta, interleaved, _scaling(found, self.get("max_position_embeddings", default=None)))
+        length = self.get("original_max_position_embeddings", default=None)
+        if length is not None:
+            found.setdefault("original_max_position_embeddings", length)
+        partial, theta = found.pop("partial_rotary_factor"), float(found.pop("rope_theta"))
+        scaling = scaling_of(found, self.get("max_position_embeddings", "n_positions", default=None), partial)
+        dim = head_dim if isinstance(scaling, ProportionalScaling) else int(head_dim * partial)
+        return RopeSpec(dim, theta, interleaved, scaling)
 
     def leftovers(self, harmless: frozenset[str]) -> tuple[str, ...]:
         """Keys with a value, that were not asked for and are not known to be harmless."""
         unknown = self._values.keys() - self._asked - harmless
         return tuple(sorted(key for key in unknown if key[0] != "_" and self._values[key] not in (None, False, [], {}, "")))
-
-
-def _scaling(found: dict[str, Any], context: int | None) -> RopeScaling | None:
-    """The scaling that is left of rope parameters when theta and the partial factor are taken out."""
-    old_kind = found.pop("type", "default")
-    kind = found.pop("rope_type", old_kind)
-    match kind:
-        case "default":
-            scaling = None
-        case "linear":
-            scaling = RopeScaling("linear", float(found.pop("factor")))
-        case "llama3":
-            keys = ("factor", "low_freq_factor", "high_freq_factor")
-            length = found.pop("original_max_position_embeddings", context)
-            scaling = RopeScaling("llama3", *(float(found.pop(key)) for key in keys), original_length=length)
-        case _:
-            raise ValueError(f"The config asks for rope scaling of type {kind!r}; default, linear and llama3 are understood.")
-    if found:
-        raise ValueError(f"The rope parameters of type {kind!r} have keys that are not understood: {', '.join(sorted(found))}.")
-    return scaling

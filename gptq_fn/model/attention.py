@@ -1,103 +1,100 @@
 """Causal self-attention for every layout of the query, key and value projections."""
 
-import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from gptq_fn.model.linear import Linear, linear
-from gptq_fn.model.position import rotate
-from gptq_fn.spec import AttentionSpec
+from gptq_fn.model.linear import linear
+from gptq_fn.model.mix import mix
+from gptq_fn.model.norm import norm
+from gptq_fn.model.position import alibi, rotate
+from gptq_fn.spec import AlibiSpec, AttentionSpec, LatentAttentionSpec, RopeSpec
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens before the current ones, in buffers of a fixed length; `used` tokens are valid."""
 
     k: Float[Array, "batch length kv_heads dim"]
-    v: Float[Array, "batch length kv_heads dim"]
+    v: Float[Array, "batch length kv_heads value_dim"]
     used: Int[Array, ""]
 
 
-def empty_cache(spec: AttentionSpec, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+def empty_cache(spec: AttentionSpec | LatentAttentionSpec, batch: int, length: int, dtype: jnp.dtype) -> Cache:
     """A cache for `length` tokens that holds none."""
-    shape = (batch, length, spec.kv_heads, spec.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    latent = isinstance(spec, LatentAttentionSpec)
+    heads, value_dim = (spec.heads, spec.value_dim) if latent else (spec.kv_heads, spec.head_dim)
+    k, v = (jnp.zeros((batch, length, heads, dim), dtype) for dim in (spec.head_dim, value_dim))
+    return Cache(k, v, jnp.zeros((), jnp.int32))
 
 
 def attention(
-    spec: AttentionSpec, p: Mapping[str, Linear], x: Float[Array, "batch time width"], cache: Cache | None = None
+    spec: AttentionSpec, p: Mapping[str, Any], x: Float[Array, "batch time width"], cache: Cache | None = None
 ) -> tuple[Float[Array, "batch time heads_times_dim"], Cache | None]:
     """What enters the output projection, and the cache with the current tokens appended."""
-    time = x.shape[1]
     q, k, v = _project(spec, p, x)
-    start = jnp.zeros((), jnp.int32) if cache is None else cache.used
-    positions = start + jnp.arange(time, dtype=jnp.int32)
-    if spec.position is not None:
+    positions = positions_of(x, cache)
+    if spec.qk_norm is not None and not spec.qk_norm.after_rope:
+        q, k = _normalized(spec, p, q, k)
+    if isinstance(spec.position, RopeSpec):
         q, k = rotate(spec.position, q, positions), rotate(spec.position, k, positions)
-    if cache is not None:
-        k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, axis=1)
-        v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, axis=1)
-        cache = Cache(k, v, start + time)
-    return _mix(spec, q, k, v, _visible(spec, positions, k.shape[1])), cache
+    if spec.qk_norm is not None and spec.qk_norm.after_rope:
+        q, k = _normalized(spec, p, q, k)
+    k, v, after = append(cache, k, v)
+    scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+    bias = alibi(spec.position, spec.heads, k.shape[1], scale) if isinstance(spec.position, AlibiSpec) else None
+    options = {"scale": scale, "softcap": spec.softcap, "bias": bias, "sinks": p["sinks"] if spec.sinks else None}
+    return mix(q, k, v, visible(spec.window, positions, k.shape[1]), causal=cache is None, **options), after
 
 
-_QUERIES = 128
-"""Query positions that are worth a matrix product of their own."""
+def positions_of(x: Float[Array, "batch time width"], cache: Cache | None) -> Int[Array, " time"]:
+    """The positions of the current tokens."""
+    start = jnp.zeros((), jnp.int32) if cache is None else cache.used
+    return start + jnp.arange(x.shape[1], dtype=jnp.int32)
 
 
-def _mix(spec: AttentionSpec, q: Array, k: Array, v: Array, visible: Array) -> Float[Array, "batch time heads_times_dim"]:
-    """The values, averaged for each query head with softmax weights over the tokens that are visible to it.
-
-    One key-value head of one sample at a time: its scores fit a cache, and all scores at once would be most of the memory.
-    """
-    batch, time, heads, dim = q.shape
-    share, length = heads // spec.kv_heads, k.shape[1]
-    scale = dim**-0.5 if spec.scale is None else spec.scale
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-
-    def rows(q: Array, k: Array, v: Array, visible: Array) -> Array:
-        """The mixed values of some query positions of all query heads that share these keys and values."""
-        scores = jnp.matmul(q.reshape(-1, dim), k.T, precision=precision, preferred_element_type=jnp.float32) * scale
-        scores = jnp.where(visible[None], scores.reshape(share, *visible.shape), -math.inf)
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        mixed = jnp.matmul(weights.reshape(-1, len(k)).astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32)
-        return (mixed.reshape(q.shape) / weights.sum(-1, keepdims=True)).astype(v.dtype)
-
-    def one(head: tuple[Array, Array, Array]) -> Array:
-        q, k, v = head
-        parts = []
-        for start in range(0, time, step := max(_QUERIES, -(-time // 4))):
-            stop = min(start + step, time)
-            seen = stop if length == time else length  # without a cache, later tokens need not be looked at
-            parts.append(rows(q[:, start:stop], k[:seen], v[:seen], visible[start:stop, :seen]))
-        return jnp.concatenate(parts, axis=1)
-
-    q = q.reshape(batch, time, spec.kv_heads, share, dim).transpose(0, 2, 3, 1, 4).reshape(-1, share, time, dim)
-    k, v = (a.transpose(0, 2, 1, 3).reshape(-1, length, dim) for a in (k, v))
-    mixed = jax.lax.map(one, (q, k, v)).reshape(batch, spec.kv_heads, share, time, dim)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * dim)
+def append(cache: Cache | None, k: Array, v: Array) -> tuple[Array, Array, Cache | None]:
+    """The keys and values of all tokens, and the cache that holds them."""
+    if cache is None:
+        return k, v, None
+    time = k.shape[1]
+    k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), cache.used, axis=1)
+    v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), cache.used, axis=1)
+    return k, v, Cache(k, v, cache.used + time)
 
 
-def _project(spec: AttentionSpec, p: Mapping[str, Linear], x: Array) -> tuple[Array, Array, Array]:
+def visible(window: int | None, positions: Int[Array, " time"], length: int) -> Bool[Array, "time length"]:
+    """Which of `length` tokens each current token attends to."""
+    here, there = positions[:, None], jnp.arange(length, dtype=jnp.int32)[None]
+    causal = there <= here
+    return causal if window is None else causal & (here - there < window)
+
+
+def _project(spec: AttentionSpec, p: Mapping[str, Any], x: Array) -> tuple[Array, Array, Array]:
     """Queries [batch, time, heads, dim], keys and values [batch, time, kv_heads, dim]."""
-    heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
+    heads, kv_heads, dim, lead = spec.heads, spec.kv_heads, spec.head_dim, x.shape[:-1]
     if spec.qkv == "separate":
         parts = linear(p["q"], x), linear(p["k"], x), linear(p["v"], x)
-    elif spec.qkv == "concat":
-        parts = jnp.split(linear(p["qkv"], x), [heads * dim, (heads + kv_heads) * dim], -1)
     else:
-        grouped = linear(p["qkv"], x).reshape(*x.shape[:-1], kv_heads, heads // kv_heads + 2, dim)
-        parts = grouped[..., :-2, :], grouped[..., -2, :], grouped[..., -1, :]
-    q, k, v = parts
-    lead = x.shape[:-1]
+        whole = linear(p["qkv"], x)
+        if spec.qkv == "concat":
+            parts = jnp.split(whole, [heads * dim, (heads + kv_heads) * dim], -1)
+        elif spec.qkv == "grouped":
+            grouped = whole.reshape(*lead, kv_heads, heads // kv_heads + 2, dim)
+            parts = grouped[..., :-2, :], grouped[..., -2, :], grouped[..., -1, :]
+        else:
+            q, v, k = jnp.moveaxis(whole.reshape(*lead, 4, 3, heads // 4 * dim), -2, 0)
+            parts = q, k, v
+    q, k, v = parts if spec.clip is None else (jnp.clip(part, -spec.clip, spec.clip) for part in parts)
     return q.reshape(*lead, heads, dim), k.reshape(*lead, kv_heads, dim), v.reshape(*lead, kv_heads, dim)
 
 
-def _visible(spec: AttentionSpec, positions: Int[Array, " time"], length: int) -> Array:
-    """Which of `length` tokens each current token attends to, [time, length]."""
-    here, there = positions[:, None], jnp.arange(length, dtype=jnp.int32)[None]
-    causal = there <= here
-    return causal if spec.window is None else causal & (here - there < spec.window)
+def _normalized(spec: AttentionSpec, p: Mapping[str, Any], q: Array, k: Array) -> tuple[Array, Array]:
+    assert spec.qk_norm is not None
+    if spec.qk_norm.over == "head":
+        return norm(spec.qk_norm.norm, p["q_norm"], q), norm(spec.qk_norm.norm, p["k_norm"], k)
+    flat_q, flat_k = (a.reshape(*a.shape[:2], -1) for a in (q, k))
+    q_norm, k_norm = norm(spec.qk_norm.norm, p["q_norm"], flat_q), norm(spec.qk_norm.norm, p["k_norm"], flat_k)
+    return q_norm.reshape(q.shape), k_norm.reshape(k.shape)

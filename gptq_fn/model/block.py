@@ -1,63 +1,107 @@
-"""One decoder block as four steps, each of which ends at a tap: an activation that enters linears.
+"""One decoder block as a few steps, each of which ends at a stop: where activations (taps) enter linears.
 
 Quantizing needs what enters each group of linears after the groups before it were rounded. With the block cut at its
-taps nothing is computed twice: a step takes up where the one before left off.
+stops nothing is computed twice: a step takes up where the one before left off.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float
 
 from gptq_fn.model.attention import Cache, attention
 from gptq_fn.model.ffn import expand
+from gptq_fn.model.latent import attend, compress
 from gptq_fn.model.linear import linear
+from gptq_fn.model.moe import Route, mix_experts, route, shared_params
 from gptq_fn.model.norm import norm
-from gptq_fn.spec import TAPS, BlockSpec, Tap
+from gptq_fn.spec import AttentionSpec, BlockSpec, LatentAttentionSpec, MlpSpec, MoeSpec, Stop, Tap
 
 BlockParams = Mapping[str, Any]
-"""Role -> a Linear, or {"weight", "bias"} of a norm."""
+"""Role -> a Linear (with a leading axis for experts), {"weight", "bias"} of a norm, or an array."""
 
 
 class State(NamedTuple):
-    """A block under way: the residual stream and what enters the next linears."""
+    """A block under way: the residual stream, what enters the next linears, and what else the next steps need."""
 
     x: Float[Array, "batch time width"]
-    tap: Float[Array, "batch time features"]
+    taps: dict[str, Array]
+    held: dict[str, Any]
 
 
 def enter(spec: BlockSpec, p: BlockParams, x: Float[Array, "batch time width"]) -> State:
-    """The state at tap "attn_in"."""
-    return State(x, norm(spec.norm, p.get("attn_in"), x))
+    """The state at the stop "attn_in"."""
+    return State(x, {"attn_in": norm(spec.norm, p.get("attn_in"), x)}, {})
 
 
-def advance(spec: BlockSpec, p: BlockParams, state: State, tap: Tap, cache: Cache | None = None) -> tuple[State, Cache | None]:
-    """The state at the tap after `tap`; after "down_in" both its fields are the block's output."""
-    x, h = state
-    match tap:
+def advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop, cache: Cache | None = None) -> tuple[State, Cache | None]:
+    """The state at the stop after `stop`; after "down_in" it has no taps and x is the block's output."""
+    x, taps, held = state
+    match stop:
+        case "attn_in" if isinstance(spec.attn, AttentionSpec):
+            mixed, cache = attention(spec.attn, p, taps["attn_in"], cache)
+            return State(x, {"o_in": mixed}, {}), cache
         case "attn_in":
-            mixed, cache = attention(spec.attn, p, h, cache)
-            return State(x, mixed), cache
+            assert isinstance(spec.attn, LatentAttentionSpec)
+            return State(x, *compress(spec.attn, p, taps["attn_in"])), cache
+        case "latent":
+            assert isinstance(spec.attn, LatentAttentionSpec)
+            mixed, cache = attend(spec.attn, p, taps, held, cache)
+            return State(x, {"o_in": mixed}, {}), cache
         case "o_in":
-            attended = norm(spec.norm, p.get("attn_out"), linear(p["o"], h))
-            if spec.parallel:
-                h = norm(spec.norm, p["mlp_in"], x) if "mlp_in" in p else norm(spec.norm, p.get("attn_in"), x)
-                return State(x + attended, h), cache
-            x = norm(spec.norm, p.get("attn_res"), x + attended)
-            return State(x, norm(spec.norm, p.get("mlp_in"), x)), cache
+            x, h = _attended(spec, p, x, norm(spec.norm, p.get("attn_out"), linear(p["o"], taps["o_in"])))
+            return State(x, {"router_in" if isinstance(spec.ffn, MoeSpec) else "mlp_in": h}, {}), cache
+        case "router_in":
+            assert isinstance(spec.ffn, MoeSpec)
+            h = taps["router_in"]
+            gate = {"gate": jax.nn.sigmoid(linear(p["shared_gate"], h))} if spec.ffn.shared_gate else {}
+            return State(x, {"mlp_in": h}, {"route": route(spec.ffn, p, h), **gate}), cache
+        case "mlp_in" if isinstance(spec.ffn, MoeSpec):
+            h, shared = taps["mlp_in"], spec.ffn.shared
+            inner = {} if shared is None else {"down_in": expand(shared, shared_params(p), h)}
+            return State(x, inner, {**held, "experts_in": h}), cache
         case "mlp_in":
-            return State(x, expand(spec.ffn, p, h)), cache
+            assert isinstance(spec.ffn, MlpSpec)
+            return State(x, {"down_in": expand(spec.ffn, p, taps["mlp_in"])}, {}), cache
         case "down_in":
-            x = norm(spec.norm, p.get("mlp_res"), x + norm(spec.norm, p.get("mlp_out"), linear(p["down"], h)))
-            return State(x, x), cache
+            out = norm(spec.norm, p.get("mlp_out"), _contracted(spec, p, taps, held))
+            return State(norm(spec.norm, p.get("mlp_res"), x + _scaled(spec, out)), {}, {}), cache
 
 
 def block(
     spec: BlockSpec, p: BlockParams, x: Float[Array, "batch time width"], cache: Cache | None = None
 ) -> tuple[Float[Array, "batch time width"], dict[Tap, Array], Cache | None]:
-    """The block's output, the activations that enter its linears, and the cache with these tokens appended."""
+    """The block's output, the activations that enter its linears, and the cache with these tokens appended.
+
+    What enters experts is not among the activations: it is those of "mlp_in" that are routed to each.
+    """
     state, taps = enter(spec, p, x), {}
-    for tap in TAPS:
-        taps[tap] = state.tap
-        state, cache = advance(spec, p, state, tap, cache)
+    for stop in spec.stops:
+        taps |= state.taps
+        state, cache = advance(spec, p, state, stop, cache)
     return state.x, taps, cache
+
+
+def _attended(spec: BlockSpec, p: BlockParams, x: Array, attended: Array) -> tuple[Array, Array]:
+    """The residual stream with attention's output added, and what enters the feed-forward half."""
+    attended = _scaled(spec, attended)
+    if spec.parallel:
+        return x + attended, norm(spec.norm, p["mlp_in"] if "mlp_in" in p else p.get("attn_in"), x)
+    x = norm(spec.norm, p.get("attn_res"), x + attended)
+    return x, norm(spec.norm, p.get("mlp_in"), x)
+
+
+def _contracted(spec: BlockSpec, p: BlockParams, taps: Mapping[str, Array], held: Mapping[str, Any]) -> Array:
+    """The output of the feed-forward half."""
+    if not isinstance(spec.ffn, MoeSpec):
+        return linear(p["down"], taps["down_in"])
+    out = mix_experts(spec.ffn, p, held["experts_in"], Route(*held["route"]))
+    if spec.ffn.shared is None:
+        return out
+    shared = linear(p["shared.down"], taps["down_in"])
+    return out + (shared * held["gate"] if spec.ffn.shared_gate else shared)
+
+
+def _scaled(spec: BlockSpec, half: Array) -> Array:
+    return half if spec.residual_scale == 1 else half * spec.residual_scale

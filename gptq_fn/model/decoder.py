@@ -32,12 +32,17 @@ def embed(
     return norm(spec.norm, top.get("embed_norm"), x)
 
 
+def head_input(spec: ModelSpec, top: Mapping[str, Any], x: Float[Array, "batch time width"]) -> Float[Array, "batch time features"]:
+    """What enters the head, from the last block's output."""
+    x = norm(spec.norm, top.get("final_norm"), x)
+    return linear(top["project_out"], x) if "project_out" in top else x
+
+
 def unembed(spec: ModelSpec, top: Mapping[str, Any], x: Float[Array, "batch time width"]) -> Float[Array, "batch time vocab"]:
     """Logits from the last block's output."""
-    x = norm(spec.norm, top.get("final_norm"), x)
-    if "project_out" in top:
-        x = linear(top["project_out"], x)
-    return linear(top["embed"] if spec.tied else top["head"], x) * spec.logit_scale
+    x = head_input(spec, top, x)
+    logits = linear(top["embed"] if spec.tied else top["head"], x) * spec.logit_scale
+    return logits if spec.logit_softcap is None else spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
 
 
 def forward(spec: ModelSpec, params: Params, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocab"]:

@@ -14,16 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from gptq_fn_kernels.words import chunk_of, pack, unpack, words_of
 
-from gptq_fn import QuantConfig, QuantizedLinear
+from gptq_fn import QuantConfig, QuantizedLinear, Report
 
 Zeros = Literal["v1", "v2", "v1_carry"]
 """How zero points are stored: less one, as they are, or as words from each of which a one was taken for every field."""
 
+HEADS = ("lm_head", "embed_out")
+"""What heads are called; engines have to be told if they are quantized."""
+
 TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
-def quantization_config(config: QuantConfig) -> dict[str, Any]:
+def quantization_config(report: Report) -> dict[str, Any]:
     """The object that config.json and quantize_config.json hold, with the keys that engines need. Rules keep their order."""
+    config = report.config
     described = {
         **_scheme(config),
         "quant_method": "gptq",
@@ -31,7 +35,7 @@ def quantization_config(config: QuantConfig) -> dict[str, Any]:
         "damp_percent": config.damp,
         "static_groups": config.static_groups,
         "true_sequential": config.sequential,
-        "lm_head": False,
+        "lm_head": any(x.name in HEADS for x in report.linears),
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"gptq_fn:{version('gptq-fn')}"], "act_group_aware": config.order == "group", "grid": config.grid},
     }

@@ -39,7 +39,7 @@ def to_hf(quantized: Quantized, config: PreTrainedConfig | None = None) -> PreTr
         origin = model_config(spec)
         config = type(AutoConfig.for_model(origin["model_type"])).from_dict(origin)
     tensors = {name: to_torch(array) for name, array in write_params(spec, quantized.params, zeros_version(recipe))}
-    quantizer = GptqQuantizer(GPTQConfig.from_dict(quantization_config(recipe)), pre_quantized=True)
+    quantizer = GptqQuantizer(GPTQConfig.from_dict(quantization_config(quantized.report)), pre_quantized=True)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=tensors[f"{dict(spec.tensors)['embed']}.weight"].dtype)
     quantizer.preprocess_model(model, tensors=tensors)

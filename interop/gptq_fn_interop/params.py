@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptq_fn import ModelSpec, QuantizedLinear
+from gptq_fn import BlockSpec, LinearSpec, ModelSpec, QuantizedLinear
+from gptq_fn.check import numbered
+from gptq_fn_interop import fused
 from gptq_fn_interop.gptq_format import TENSORS, Zeros, bits_and_inputs, from_tensors, scheme_of, to_tensors
 
 Tensors = Mapping[str, np.ndarray]
@@ -15,73 +18,98 @@ Tensors = Mapping[str, np.ndarray]
 def read_params(spec: ModelSpec, tensors: Tensors, described: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The whole model, quantized linears as QuantizedLinear. `described` is the quantization config, if there is one."""
     blocks = [read_block(spec, i, tensors, described) for i in range(len(spec.blocks))]
-    return {"top": read_top(spec, tensors), "blocks": blocks}
+    return {"top": read_top(spec, tensors, described), "blocks": blocks}
 
 
-def read_top(spec: ModelSpec, tensors: Tensors) -> dict[str, Any]:
+def read_top(spec: ModelSpec, tensors: Tensors, described: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What lies outside the blocks: {role: {"weight", "bias"}}. A tied head is not read: the embedding serves."""
-    return {role: _read(tensors, name) for role, name in spec.tensors if not (role == "head" and spec.tied)}
+    found = {role: name for role, name in spec.tensors if not (role == "head" and spec.tied)}
+    return {role: {} if name is None else _linear(tensors, name, described) for role, name in found.items()}
 
 
 def read_block(spec: ModelSpec, i: int, tensors: Tensors, described: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Block `i`: {role: {"weight", "bias"} or QuantizedLinear}; weights become [out, in]."""
+    """Block `i`: {role: {"weight", "bias"} or QuantizedLinear}; weights become [out, in], experts get a leading axis."""
     block, prefix = spec.blocks[i], spec.prefix.format(i=i)
-    p: dict[str, Any] = {slot: _read(tensors, prefix + name) for slot, name in block.norms}
+    p: dict[str, Any] = {role: jnp.asarray(tensors[prefix + name]) for role, name in block.arrays}
+    for slot, name in block.norms:
+        each = [] if name is None else [_read(tensors, full) for full in numbered(prefix + name, block.copies(slot))]
+        p[slot] = {} if name is None else each[0] if block.copies(slot) is None else _stacked(each)
+    for whole in block.fused:
+        if prefix + whole.name in tensors:
+            for role, part in fused.split(whole, tensors[prefix + whole.name]).items():
+                p.setdefault(role, {})[whole.leaf] = jnp.asarray(part)
     for linear in block.linears:
-        name = prefix + linear.name
-        if f"{name}.qweight" in tensors:
-            mine = {leaf: tensors[f"{name}.{leaf}"] for leaf in TENSORS if f"{name}.{leaf}" in tensors}
-            p[linear.role] = from_tensors(mine, name, described or {})
-        else:
-            p[linear.role] = _read(tensors, name, transposed=linear.stored == "in_out")
+        if linear.role not in p:
+            each = [_linear(tensors, full, described, linear) for full in spec.names_of(i, linear)]
+            p[linear.role] = each[0] if block.copies(linear.role) is None else _stacked(each)
     return p
 
 
 def write_params(spec: ModelSpec, params: Mapping[str, Any], zeros: Zeros) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of the whole model under their names on disk."""
-    yield from write_top(spec, params["top"])
+    yield from write_top(spec, params["top"], zeros)
     for i, p in enumerate(params["blocks"]):
         yield from write_block(spec, i, p, zeros)
 
 
-def write_top(spec: ModelSpec, top: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def write_top(spec: ModelSpec, top: Mapping[str, Any], zeros: Zeros) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors outside the blocks."""
     for role, name in spec.tensors:
-        if role in top:
-            yield from _write(top[role], name)
+        if role in top and name is not None:
+            yield from _write(top[role], name, zeros)
 
 
 def write_block(spec: ModelSpec, i: int, p: Mapping[str, Any], zeros: Zeros) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of block `i`, quantized linears as the five tensors of the format."""
     block, prefix = spec.blocks[i], spec.prefix.format(i=i)
+    yield from ((prefix + name, np.asarray(p[role])) for role, name in block.arrays)
     for slot, name in block.norms:
-        yield from _write(p[slot], prefix + name)
+        if name is not None:
+            for full, leaf in _each(prefix + name, p[slot], block.copies(slot)):
+                yield from _write(leaf, full, zeros)
+    together = {role for whole in _still_fused(block, p) for role in whole.roles}
+    for whole in _still_fused(block, p):
+        yield prefix + whole.name, fused.join(whole, {role: p[role][whole.leaf] for role in whole.roles})
     for linear in block.linears:
-        leaf, name = p[linear.role], prefix + linear.name
-        if isinstance(leaf, QuantizedLinear):
-            yield from ((f"{name}.{key}", value) for key, value in to_tensors(leaf, zeros).items())
-        else:
-            yield from _write(leaf, name, transposed=linear.stored == "in_out")
+        if linear.role not in together:
+            for full, leaf in _each(prefix + linear.name, p[linear.role], block.copies(linear.role)):
+                yield from _write(leaf, full, zeros, transposed=linear.stored == "in_out")
 
 
 def dense_shapes(
     shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec, described: Mapping[str, Any] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes as they were before quantizing: a weight in place of each qweight and its companions.
+    """The shapes as they were before quantizing and fusing: a weight for each qweight and its companions, and each expert.
 
     Where there is no g_idx to tell the number of inputs, `described`, the quantization config, tells the bits.
     """
-    linears = {spec.name_of(i, linear): linear for i, block in enumerate(spec.blocks) for linear in block.linears}
+    heads = {name: False for role, name in spec.tensors if role == "head" and name is not None}
+    blocks = ((i, linear) for i, block in enumerate(spec.blocks) for linear in block.linears)
+    linears = heads | {name: linear.stored == "in_out" for i, linear in blocks for name in spec.names_of(i, linear)}
     found = dict(shapes)
-    for name, linear in linears.items():
+    for name, transposed in linears.items():
         if f"{name}.qweight" in shapes:
             words, out = shapes[f"{name}.qweight"]
             for leaf in ("qweight", "qzeros", "scales", "g_idx"):
                 found.pop(f"{name}.{leaf}", None)
             told, scheme = shapes.get(f"{name}.g_idx"), scheme_of(name, described or {}) or {}
             _, inputs = bits_and_inputs(name, words, told[0] if told else None, scheme)
-            found[f"{name}.weight"] = (out, inputs) if linear.stored == "out_in" else (inputs, out)
+            found[f"{name}.weight"] = (inputs, out) if transposed else (out, inputs)
+    for i, block in enumerate(spec.blocks):
+        for whole in block.fused:
+            shape = found.pop(spec.prefix.format(i=i) + whole.name, ())
+            for role in whole.roles if shape else ():
+                # a tensor of another number of experts is told by those that are missing or unread
+                for name in numbered(spec.name_of(i, block.linear(role)), shape[0]):
+                    found[f"{name}.{whole.leaf}"] = fused.part_shape(whole, shape)
     return found
+
+
+def _linear(tensors: Tensors, name: str, described: Mapping[str, Any] | None, linear: LinearSpec | None = None) -> Any:
+    if f"{name}.qweight" in tensors:
+        mine = {leaf: tensors[f"{name}.{leaf}"] for leaf in TENSORS if f"{name}.{leaf}" in tensors}
+        return from_tensors(mine, name, described or {})
+    return _read(tensors, name, transposed=linear is not None and linear.stored == "in_out")
 
 
 def _read(tensors: Tensors, name: str, *, transposed: bool = False) -> dict[str, Any]:
@@ -90,7 +118,28 @@ def _read(tensors: Tensors, name: str, *, transposed: bool = False) -> dict[str,
     return {**leaf, "bias": jnp.asarray(tensors[f"{name}.bias"])} if f"{name}.bias" in tensors else leaf
 
 
-def _write(leaf: Mapping[str, Any], name: str, *, transposed: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+def _stacked(each: list[Any]) -> Any:
+    """The leaves with a leading axis. Raises ValueError where experts are quantized in different ways."""
+    if len({jax.tree.structure(leaf) for leaf in each}) > 1:
+        raise ValueError("The experts of a block are not all quantized, or not to the same bits; one program computes them all.")
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+def _each(name: str, leaf: Any, copies: int | None) -> Iterator[tuple[str, Any]]:
+    """Each copy under its name; the leaf itself where there is one."""
+    for n, full in enumerate(numbered(name, copies)):
+        yield full, leaf if copies is None else jax.tree.map(lambda a: a[n], leaf)  # noqa: B023 - called at once
+
+
+def _still_fused(block: BlockSpec, p: Mapping[str, Any]) -> list[Any]:
+    """The fused tensors of which no part was quantized."""
+    return [whole for whole in block.fused if not any(isinstance(p[role], QuantizedLinear) for role in whole.roles)]
+
+
+def _write(leaf: Any, name: str, zeros: Zeros, *, transposed: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(leaf, QuantizedLinear):
+        yield from ((f"{name}.{key}", value) for key, value in to_tensors(leaf, zeros).items())
+        return
     for key, value in leaf.items():
         array = np.asarray(value)
         yield f"{name}.{key}", np.ascontiguousarray(array.T) if transposed and key == "weight" else array

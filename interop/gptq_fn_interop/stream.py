@@ -12,7 +12,19 @@ import numpy as np
 import scipy.linalg  # noqa: F401 - loads the BLAS that XLA calls for Cholesky, so that its threads can be limited
 from threadpoolctl import threadpool_limits
 
-from gptq_fn import LinearReport, ModelSpec, QuantConfig, Quantized, Report, check, embed_batches, quantize_blocks, spec_from_config
+from gptq_fn import (
+    LinearReport,
+    ModelSpec,
+    QuantConfig,
+    Quantized,
+    Report,
+    check,
+    embed_batches,
+    head_plan,
+    quantize_blocks,
+    quantize_head,
+    spec_from_config,
+)
 from gptq_fn.check import Shapes
 from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.gptq_format import quantization_config, unpackable, zeros_version
@@ -56,26 +68,29 @@ def quantize_checkpoint(
     """
     config = config or QuantConfig()
     checkpoint, spec = open_source(source, config, spec)
-    check_tokens(calib, checkpoint.shapes[f"{dict(spec.tensors)['embed']}.weight"][0])
+    check_tokens(calib, checkpoint.shapes[spec.embedding][0])
 
     # On CPUs, XLA's Cholesky runs in SciPy's BLAS, whose threads spin while XLA's own are at work: one is faster.
     with staged(destination) as aside, threadpool_limits(1, "blas"):
         writer = ShardWriter(aside, shard_bytes)
         top = read_top(spec, checkpoint)
         xs = [x.astype(compute_dtype(x.dtype)) for x in embed_batches(spec, top, jnp.asarray(calib, jnp.int32))]
-        for name, array in write_top(spec, top):
-            writer.add(name, array)
-        reports = []
+        zeros, reports = zeros_version(config), []
         blocks = (read_block(spec, i, checkpoint) for i in range(len(spec.blocks)))
-        for i, (p, found) in enumerate(quantize_blocks(spec, blocks, xs, config)):
-            for name, array in write_block(spec, i, p, zeros_version(config)):
+        for i, (p, found, after) in enumerate(quantize_blocks(spec, blocks, xs, config)):
+            xs = after
+            for name, array in write_block(spec, i, p, zeros):
                 writer.add(name, array)
             reports.extend(found)
             if progress:
                 progress(i + 1, len(spec.blocks), found)
+        spec, top, found = quantize_head(spec, top, xs, config)
+        for name, array in write_top(spec, top, zeros):
+            writer.add(name, array)
         writer.close()
-        report = Report(config, tuple(reports))
-        describe(aside, checkpoint.config, top["embed"]["weight"].dtype, config)
+        report = Report(config, (*reports, *found))
+        described = checkpoint.config if spec.origin is None else model_config(spec)
+        describe(aside, described, top["embed"]["weight"].dtype, report)
         write_json(aside / "report.json", report.as_dict())
         copy_companions(Path(source), aside)
     return report
@@ -91,7 +106,9 @@ def open_source(source: str | Path, config: QuantConfig, spec: ModelSpec | None 
         raise ValueError(f"{source} is quantized already; quantize the float checkpoint that it was made from.")
     spec = spec or spec_from_config(checkpoint.config)
     checkpoint = checkpoint.aligned(spec)
-    if problems := (*check(spec, checkpoint.shapes), *_unstorable(spec, checkpoint.shapes, config)):
+    head_plan(spec, config)
+    shapes = dense_shapes(checkpoint.shapes, spec)
+    if problems := (*check(spec, shapes), *_unstorable(spec, shapes, config)):
         raise ValueError(
             f"{source} cannot be quantized: {' '.join(problems[:5])}" + f" (and {len(problems) - 5} more)" * (len(problems) > 5)
         )
@@ -111,7 +128,7 @@ def save_gptq(
         for name, array in write_params(quantized.spec, quantized.params, zeros_version(quantized.report.config)):
             writer.add(name, array)
         writer.close()
-        describe(aside, described, quantized.params["top"]["embed"]["weight"].dtype, quantized.report.config)
+        describe(aside, described, quantized.params["top"]["embed"]["weight"].dtype, quantized.report)
         write_json(aside / "report.json", quantized.report.as_dict())
 
 
@@ -139,15 +156,14 @@ def model_config(spec: ModelSpec) -> dict[str, Any]:
 
 def _unstorable(spec: ModelSpec, shapes: Shapes, config: QuantConfig) -> Iterator[str]:
     """Which linears the configuration makes impossible to store, and why."""
-    for i, block in enumerate(spec.blocks):
-        for linear in block.linears:
-            name = spec.name_of(i, linear)
-            chosen = config.resolve(name) if linear.quantize else None
-            shape = shapes.get(f"{name}.weight", ())
-            if chosen is not None and len(shape) == 2:
-                out, inputs = shape if linear.stored == "out_in" else shape[::-1]
-                if reason := unpackable((out, inputs), chosen.bits):
-                    yield f"{name}: {reason}"
+    linears = ((i, linear) for i, block in enumerate(spec.blocks) for linear in block.linears)
+    stored = {name: (linear.stored, linear.quantize) for i, linear in linears for name in spec.names_of(i, linear)}
+    head = dict(spec.tensors).get("head")
+    for name, (layout, usual) in {**stored, **({head: ("out_in", False)} if head else {})}.items():
+        chosen = config.resolve(name, usual=usual)
+        shape = shapes.get(spec.embedding if name == head and spec.tied else f"{name}.weight", ())
+        if chosen is not None and len(shape) == 2 and (reason := unpackable(shape if layout == "out_in" else shape[::-1], chosen.bits)):
+            yield f"{name}: {reason}"
 
 
 def check_tokens(calib: np.ndarray, vocabulary: int) -> None:
@@ -160,12 +176,12 @@ def check_tokens(calib: np.ndarray, vocabulary: int) -> None:
         )
 
 
-def describe(directory: Path, model: dict[str, Any], embedding: np.dtype, config: QuantConfig) -> None:
+def describe(directory: Path, model: dict[str, Any], embedding: np.dtype, report: Report) -> None:
     """Write both places where readers look for the quantization config, and the dtype of what is not quantized.
 
     Without a dtype, transformers' "auto" takes that of the first tensor, which may be a float16 scale.
     """
-    described = quantization_config(config)
+    described = quantization_config(report)
     dtype = {} if "dtype" in model or "torch_dtype" in model else {"dtype": str(embedding)}
     write_json(directory / "config.json", {**model, **dtype, "quantization_config": described})
     write_json(directory / "quantize_config.json", described)

@@ -1,0 +1,111 @@
+"""Quantizing the experts of a block: one program over all of them, each with the Hessian of the tokens routed to it."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from gptq_fn._config import QuantConfig
+from gptq_fn._hessian import Hessian, add_rows, empty
+from gptq_fn._linears import Losses, alike, energies, finite, report_of, require_solvable, require_storable
+from gptq_fn._quantized import QuantizedLinear
+from gptq_fn._report import LinearReport
+from gptq_fn._solve import Factor, factor, round_to_nearest, solve
+from gptq_fn.model.block import BlockParams, State
+from gptq_fn.model.ffn import expand
+from gptq_fn.model.moe import Route, expert_params
+from gptq_fn.spec import MoeSpec, Tap
+
+HESSIAN_BYTES = 2 * 2**30
+"""Memory for the Hessians of experts that are solved together."""
+
+
+def quantize_experts(
+    spec: MoeSpec, p: BlockParams, tap: Tap, states: Sequence[State], plan: Mapping[str, QuantConfig], names: Mapping[str, str]
+) -> Iterator[tuple[str, QuantizedLinear, tuple[LinearReport, ...]]]:
+    """Each role of `plan`, which read `tap`, quantized with a leading axis of experts, and the report of every expert.
+
+    `names` maps roles to names with "{n}" for the number of the expert. An expert that fewer tokens than the
+    configuration's min_rows reach is rounded to nearest. Raises ValueError as `quantize_linears` does.
+    """
+    inputs = p[next(iter(plan))]["weight"].shape[-1]
+    limit = max(1, HESSIAN_BYTES // (4 * inputs**2))
+    chunk = next(size for size in range(min(limit, spec.experts), 0, -1) if spec.experts % size == 0)
+    found: dict[str, list[tuple[QuantizedLinear, list[LinearReport]]]] = {role: [] for role in plan}
+    seen = next(iter(plan.values())).experts
+    for first in range(0, spec.experts, chunk):
+        h = _gather(spec, p, tap, states, first, chunk, everything=seen == "all")
+        for config, roles in alike(plan).items():
+            for role, q, reports in _solve_chunk(p, roles, first, chunk, h, config, names):
+                found[role].append((q, reports))
+    for role, chunks in found.items():
+        q = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(q for q, _ in chunks))
+        yield role, q, tuple(report for _, reports in chunks for report in reports)
+
+
+def _gather(spec: MoeSpec, p: BlockParams, tap: Tap, states: Sequence[State], first: int, chunk: int, *, everything: bool) -> Hessian:
+    """The Hessians of `chunk` experts, with a leading axis, from the tokens routed to each or from all."""
+    mine = jax.tree.map(lambda a: a[first : first + chunk], expert_params(p))
+    inner = tap == "expert_down_in"
+    width = mine["down"]["weight"].shape[-1] if inner else states[0].taps["mlp_in"].shape[-1]
+    h = jax.tree.map(lambda a: jnp.repeat(a[None], chunk, 0), empty(width))
+    for state in states:
+        x = state.held["experts_in"] if inner else state.taps["mlp_in"]
+        h = _add(spec, h, mine, x, Route(*state.held["route"]), jnp.asarray(first), inner=inner, everything=everything)
+    return h
+
+
+@partial(jax.jit, static_argnames=("spec", "inner", "everything"), donate_argnums=1)
+def _add(
+    spec: MoeSpec, h: Hessian, experts: Mapping[str, Any], x: Array, to: Route, first: Array, *, inner: bool, everything: bool
+) -> Hessian:
+    def one(task: tuple[Array, Hessian, Mapping[str, Any]]) -> Hessian:
+        n, h, mine = task
+        return add_rows(h, expand(spec.mlp, mine, x) if inner else x, None if everything else to.chosen(first + n))
+
+    return jax.lax.map(one, (jnp.arange(len(h.rows)), h, experts))
+
+
+def _solve_chunk(
+    p: BlockParams, roles: Sequence[str], first: int, chunk: int, h: Hessian, config: QuantConfig, names: Mapping[str, str]
+) -> Iterator[tuple[str, QuantizedLinear, list[LinearReport]]]:
+    """Each role quantized for the experts from `first` on; roles of one input are solved together, as rows of one matrix."""
+    began = time.perf_counter()
+    mine = {role: jax.tree.map(lambda a: a[first : first + chunk], p[role]) for role in roles}
+    w = jnp.concatenate([finite(names[role].format(n="*"), mine[role]["weight"]) for role in roles], axis=1)
+    q, f, losses = _solve(w, h, config)
+    require_solvable(names[roles[0]].format(n="*"), f)
+    require_storable(names[roles[0]].format(n="*"), q)
+    rows = [int(n) for n in h.rows]
+    seconds, start = time.perf_counter() - began, 0
+    for role in roles:
+        out, inputs = mine[role]["weight"].shape[1:]
+        cut = slice(start, start + out)
+        start = cut.stop
+        linear = QuantizedLinear(q.codes[:, cut], q.scale[:, cut], q.zero[:, cut], q.group_of, q.bits, mine[role].get("bias"))
+        reports = [
+            report_of(
+                names[role].format(n=first + n),
+                config,
+                (out, inputs),
+                Losses(*(a[n, cut] for a in losses)),
+                Factor(*(a[n] for a in f)),
+                rows[n],
+                seconds * out / (w.shape[1] * chunk),
+            )
+            for n in range(chunk)
+        ]
+        yield role, linear, reports
+
+
+@partial(jax.jit, static_argnames="config")
+@partial(jax.vmap, in_axes=(0, 0, None))
+def _solve(w: Array, h: Hessian, config: QuantConfig) -> tuple[QuantizedLinear, Factor, Losses]:
+    f, rounded = factor(h, config), round_to_nearest(w, config)
+    solved, _ = solve(w, f, config)
+    q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, solved)
+    return q, f._replace(upper=jnp.zeros(())), energies(w, q, rounded, h)

@@ -1,0 +1,65 @@
+"""The heart of attention: values averaged with softmax weights."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+_QUERIES = 128
+"""Query positions that are worth a matrix product of their own."""
+
+
+def mix(
+    q: Float[Array, "batch time heads dim"],
+    k: Float[Array, "batch length kv_heads dim"],
+    v: Float[Array, "batch length kv_heads value_dim"],
+    visible: Bool[Array, "time length"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias: Float[Array, "heads length"] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+    causal: bool = False,
+) -> Float[Array, "batch time heads_times_value_dim"]:
+    """The values, averaged for each query head with softmax weights over the tokens that are visible to it.
+
+    One key-value head of one sample at a time: its scores fit a cache, and all scores at once would be most of the
+    memory. Where `causal`, query t is at position t and tokens after it need not be looked at.
+    """
+    batch, time, heads, dim = q.shape
+    length, kv_heads, value_dim = v.shape[1:]
+    share = heads // kv_heads
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    biases = jnp.zeros((heads, 1), jnp.float32) if bias is None else bias
+    rest = jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
+
+    def rows(q: Array, k: Array, v: Array, bias: Array, rest: Array, visible: Array) -> Array:
+        """The mixed values of some query positions of all query heads that share these keys and values."""
+        scores = jnp.matmul(q.reshape(-1, dim), k.T, precision=precision, preferred_element_type=jnp.float32) * scale
+        scores = scores.reshape(share, *visible.shape)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        scores = jnp.where(visible[None], scores + bias[:, None], -jnp.inf)
+        largest = jnp.maximum(scores.max(-1, keepdims=True), rest[:, None, None])
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(-1, keepdims=True) + jnp.exp(rest[:, None, None] - largest)
+        mixed = jnp.matmul(weights.reshape(-1, len(k)).astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32)
+        return (mixed.reshape(*q.shape[:-1], value_dim) / total).astype(v.dtype)
+
+    def one(head: tuple[Array, Array, Array, Array, Array]) -> Array:
+        q, k, v, bias, rest = head
+        parts = []
+        for start in range(0, time, step := max(_QUERIES, -(-time // 4))):
+            stop = min(start + step, time)
+            seen = stop if causal else length
+            parts.append(rows(q[:, start:stop], k[:seen], v[:seen], bias[:, :seen], rest, visible[start:stop, :seen]))
+        return jnp.concatenate(parts, axis=1)
+
+    def by_head(a: Array) -> Array:
+        """Something of each head, of every sample."""
+        shared = a.reshape(1, kv_heads, share, *a.shape[1:])
+        return jnp.broadcast_to(shared, (batch, *shared.shape[1:])).reshape(-1, *shared.shape[2:])
+
+    q = q.reshape(batch, time, kv_heads, share, dim).transpose(0, 2, 3, 1, 4).reshape(-1, share, time, dim)
+    k, v = (a.transpose(0, 2, 1, 3).reshape(-1, length, a.shape[-1]) for a in (k, v))
+    mixed = jax.lax.map(one, (q, k, v, by_head(biases), by_head(rest))).reshape(batch, kv_heads, share, time, value_dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * value_dim)
