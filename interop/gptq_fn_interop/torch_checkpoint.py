@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from gptq_fn import QuantConfig, QuantizedLinear, Report, Rule
@@ -19,17 +18,9 @@ from gptq_fn_interop.gptq_format import quantization_config, to_tensors, zeros_v
 from gptq_fn_interop.qlinear import QuantLinear
 from gptq_fn_interop.quantizer import GPTQConfig, GptqQuantizer
 from gptq_fn_interop.shards import ShardWriter, write_json
+from gptq_fn_interop.stored import reverted
 from gptq_fn_interop.stream import copy_companions, describe
 from gptq_fn_interop.tensors import to_numpy, to_torch
-
-
-def stored_names(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
-    """What those that are linears are called on disk; None for one whose weight is not stored as it is but split, joined or permuted."""
-    found = {f"{name}.weight" for name in names}
-    weights = {n: torch.empty_like(p, device="meta") for n, p in model.named_parameters(remove_duplicate=False) if n in found}
-    on_disk = _reverted(model, weights)
-    names_of = {id(tensor): key.removesuffix(".weight") for key, tensor in on_disk.items() if key.endswith(".weight")}
-    return {name.removesuffix(".weight"): names_of.get(id(tensor)) for name, tensor in weights.items()}
 
 
 def with_exceptions(report: Report, names: Iterable[str]) -> Report:
@@ -71,7 +62,7 @@ class ModelWriter:
         write_json(self._directory / "report.json", report.as_dict())
 
     def _add(self, names: Sequence[str]) -> None:
-        for name, tensor in _reverted(self._model, {name: self._rest.pop(name) for name in names}).items():
+        for name, tensor in reverted(self._model, {name: self._rest.pop(name) for name in names}).items():
             self._shards.add(name, to_numpy(tensor))
 
 
@@ -103,7 +94,3 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     seen: set[Any] = set()
     places = {name: (t.data_ptr(), t.shape, t.stride()) for name, t in state.items()}
     return {name: t for name, t in state.items() if places[name] not in seen and not seen.add(places[name])}
-
-
-def _reverted(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return revert_weight_conversion(model, tensors) if isinstance(model, PreTrainedModel) else tensors

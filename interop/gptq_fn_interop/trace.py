@@ -38,9 +38,12 @@ class Trace:
     carry: Carry
 
     def __str__(self) -> str:
-        """One line for each block, stages separated by bars, then what is left."""
+        """One line for each block, stages separated by bars, then what is left, by reason."""
         lines = [f"{b.name}: {' | '.join(' '.join(n.removeprefix(f'{b.name}.') for n in s) for s in b.stages)}" for b in self.blocks]
-        return "\n".join([*lines, *(f"left as it is: {name}: {why}" for name, why in self.left)])
+        because: dict[str, list[str]] = {}
+        for name, why in self.left:
+            because.setdefault(why, []).append(name)
+        return "\n".join([*lines, *(f"left as they are, since {why}: {' '.join(names)}" for why, names in because.items())])
 
 
 def trace(
@@ -196,12 +199,12 @@ def _left(model: nn.Module, blocks: Mapping[str, nn.Module], read: set[str], lay
                 elif not is_linear(module):
                     left[name] = f"{type(module).__name__} is more than a linear layer with a float weight"
                 elif len(sharing) > 1:
-                    left[name] = f"its weight is that of {next(other for other in sharing if other != name)} too"
+                    left[name] = "other modules share its weight"
                 elif name not in read:
                     left[name] = "no example token passed through it, or its weight is read without calling it"
             elif not isinstance(module, nn.modules.conv._ConvNd):
                 fused = (key for key, p in module.named_parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1)
-                left |= {f"{name}.{key}": "several linears in one parameter, which tracing cannot tell apart" for key in fused}
+                left |= {f"{name}.{key}": "it is several linears in one parameter, which tracing cannot tell apart" for key in fused}
     if absent := sorted(set(layers or ()) - inner):
         raise ValueError(f"No block has a linear {absent[0]!r}; there are {', '.join(sorted(inner))}.")
     return left

@@ -1,5 +1,6 @@
 """Quantizing any torch model through its own forward, along a trace of it: to a checkpoint, or in place."""
 
+import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from gptq_fn_interop.capture import evaluating, hollow, input_of, is_linear, run
 from gptq_fn_interop.gptq_format import unpackable
 from gptq_fn_interop.qlinear import QuantLinear
 from gptq_fn_interop.shards import SHARD_BYTES, require_vacant, staged
+from gptq_fn_interop.stored import stored_names
 from gptq_fn_interop.stream import Progress
 from gptq_fn_interop.tensors import to_jax, to_torch
-from gptq_fn_interop.torch_checkpoint import ModelWriter, install, layer, stored_names, with_exceptions
+from gptq_fn_interop.torch_checkpoint import ModelWriter, install, layer, with_exceptions
 from gptq_fn_interop.trace import Trace, as_tokens, trace
 
 TOKENS_PER_CALL = {"cpu": 512}
@@ -232,5 +234,4 @@ def _plan(
 
 
 def _routes(name: str, out: int, inputs: int) -> bool:
-    leaf = name.rpartition(".")[2]
-    return out * 4 <= inputs and (leaf in ("gate", "router") or leaf.endswith(("_gate", "_router")) or ".router." in name)
+    return out * 4 <= inputs and re.search(r"(^|\.)(gate|\w*router|\w*expert_gate)(\.|$)", name) is not None
