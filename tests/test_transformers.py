@@ -347,7 +347,7 @@ def test_loading_never_dequantizes(tmp_path: Path, family: str, monkeypatch: pyt
     assert model.get_submodule(case.quantized[0]).weight.device.type == "cpu"
 
 
-def test_quantized_experts_are_refused(tmp_path: Path) -> None:
+def test_experts_that_are_not_quantized_as_a_whole_are_refused(tmp_path: Path) -> None:
     config = transformers.Qwen3MoeConfig(
         **GATED, **TOKENS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
     )
@@ -355,7 +355,9 @@ def test_quantized_experts_are_refused(tmp_path: Path) -> None:
     tensors = {f"model.layers.0.mlp.experts.0.gate_proj.{leaf}": t for leaf, t in random_linear(rng, 64, 32, Scheme()).tensors.items()}
     described = {**json.loads(config.to_json_string()), "quantization_config": quantization_config(Scheme())}
     write(tmp_path, {**described, "architectures": ["Qwen3MoeForCausalLM"]}, tensors)
-    with pytest.raises(ValueError, match=r"experts.0.gate_proj, but Qwen3MoeForCausalLM has no such linear. Quantized experts"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.mlp.experts: Expert 0 has quantized linears for gate, but Qwen3MoeExperts needs down, gate, up"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -6,7 +6,9 @@ are read from the headers of its files; the config decides only what the tensors
 
 import copy
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +18,13 @@ from gptq_fn_kernels.problem import BITS
 from gptq_fn_kernels.words import words_of
 from safetensors import safe_open
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from gptq_fn_interop.experts import Experts, fuse, inputs_of, is_fused
 from gptq_fn_interop.gptq_format import TENSORS, regular_groups, scheme_of
 from gptq_fn_interop.qlinear import QuantLinear
 
@@ -114,28 +119,41 @@ class GptqQuantizer(HfQuantizer):
                 raise ValueError("A quantized model is loaded from safetensors files, not from a state_dict; see gptq_fn.interop.to_hf.")
             tensors = _headers(checkpoint_files)
         described = {key: value for key, value in self.quantization_config.to_dict().items() if value is not None}
-        backend = None if self.quantization_config.backend == "auto" else self.quantization_config.backend
         modules = dict(model.named_modules())
+        experts: dict[str, dict[int, dict[str, nn.Module]]] = defaultdict(lambda: defaultdict(dict))
         for stored_as in (key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")):
-            name = _name_in(model, modules, stored_as)
-            if name is None:
+            place = _place_of(model, modules, stored_as)
+            if place is None:
                 continue
-            inputs = _inputs_of(modules[name], stored_as)
             mine = {leaf: tensors[f"{stored_as}.{leaf}"] for leaf in TENSORS if f"{stored_as}.{leaf}" in tensors}
-            if absent := {"qzeros", "scales"} - mine.keys():
-                raise ValueError(f"{stored_as} has a qweight but no {' and '.join(sorted(absent))}; the checkpoint is incomplete.")
-            scheme = scheme_of(stored_as, described) or described
-            if "g_idx" not in mine:
-                mine["g_idx"] = self._absent_g_idx[name] = torch.from_numpy(regular_groups(stored_as, inputs, len(mine["scales"]), scheme))
+            linear = self._linear(place, stored_as, mine, scheme_of(stored_as, described) or described)
+            if place.expert is None:
+                model.set_submodule(place.module, linear)
+                model.all_tied_weights_keys.pop(f"{place.module}.weight", None)  # a quantized head is not the embedding
+            else:
+                experts[place.module][place.expert][place.leaf] = linear
+        for name, linears in experts.items():
             try:
-                linear = QuantLinear(mine, _bits_of(mine["qweight"], inputs, scheme), scheme, backend)
+                model.set_submodule(name, Experts(modules[name], linears))
             except ValueError as error:
-                raise ValueError(f"{stored_as}: {error}") from None
-            linear.loading = True
-            model.set_submodule(name, linear)
-            model.all_tied_weights_keys.pop(f"{name}.weight", None)  # a quantized head is not the embedding
+                raise ValueError(f"{name}: {error}") from None
         # They are computed after loading, so they are not missing.
         model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}\\.g_idx$" for name in self._absent_g_idx)
+
+    def _linear(self, place: "_Place", stored_as: str, mine: dict[str, torch.Tensor], scheme: Mapping[str, Any]) -> QuantLinear:
+        """The layer that takes these tensors."""
+        if absent := {"qzeros", "scales"} - mine.keys():
+            raise ValueError(f"{stored_as} has a qweight but no {' and '.join(sorted(absent))}; the checkpoint is incomplete.")
+        if "g_idx" not in mine:
+            g_idx = torch.from_numpy(regular_groups(stored_as, place.inputs, len(mine["scales"]), scheme))
+            mine["g_idx"] = self._absent_g_idx[place.path] = g_idx
+        backend = None if self.quantization_config.backend == "auto" else self.quantization_config.backend
+        try:
+            linear = QuantLinear(mine, _bits_of(mine["qweight"], place.inputs, scheme), scheme, backend)
+        except ValueError as error:
+            raise ValueError(f"{stored_as}: {error}") from None
+        linear.loading = True
+        return linear
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, linear in _quantized(model):
@@ -149,6 +167,12 @@ class GptqQuantizer(HfQuantizer):
         wanted: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # save_pretrained leaves a name
         with torch.device("meta"):
             dense = type(model)(model.config)  # knows which layers were linears and which Conv1D
+        fused = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
+        for name, experts in fused:
+            linears = {(n, role): linear for n in range(len(experts._modules)) for role, linear in experts.parts(n).items()}
+            into = dense.get_submodule(name)
+            fuse(experts, into, {key: dequantize(linear.packed, wanted) for key, linear in linears.items()})
+            model.set_submodule(name, into)
         for name, linear in _quantized(model):
             layer: Any = dense.get_submodule(name)
             weight = dequantize(linear.packed, wanted)
@@ -185,19 +209,38 @@ def _headers(files: Iterable[str]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _name_in(model: Any, modules: Mapping[str, nn.Module], stored_as: str) -> str | None:
-    """What the model calls the linear that the files call `stored_as`: with or without the prefix of the model under a head.
+@dataclass(frozen=True)
+class _Place:
+    """Where a quantized linear goes: in the place of a module, or as the linear `leaf` of one of the module's experts."""
 
-    None for a head that this model does not have. Raises ValueError for any other linear that it does not have.
+    module: str
+    inputs: int
+    expert: int | None = None
+    leaf: str = ""
+
+    @property
+    def path(self) -> str:
+        return self.module if self.expert is None else f"{self.module}.{self.expert}.{self.leaf}"
+
+
+def _place_of(model: Any, modules: Mapping[str, nn.Module], stored_as: str) -> _Place | None:
+    """Where the linear that the files call `stored_as` goes; None for a head that this model does not have.
+
+    Files may lack or have the prefix of the model under a head, and transformers renames what it loads. Raises
+    ValueError for a linear that the model does not have, and for modules that are none.
     """
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    renamed = apply_renamings(f"{stored_as}.weight", renamings).removesuffix(".weight")
     prefix = f"{model.base_model_prefix}."
-    for name in (stored_as, prefix + stored_as, stored_as.removeprefix(prefix)):
+    for name in (stored_as, renamed, prefix + renamed, renamed.removeprefix(prefix)):
         if name in modules:
-            return name
+            return _Place(name, _inputs_of(modules[name], stored_as))
+        parts = name.rsplit(".", 2)
+        if len(parts) == 3 and parts[1].isdigit() and parts[0] in modules and is_fused(modules[parts[0]]):
+            return _Place(parts[0], inputs_of(modules[parts[0]], parts[2]), int(parts[1]), parts[2])
     if "." not in stored_as:
         return None
-    hint = " Quantized experts are not supported yet: transformers holds them fused." if ".experts." in stored_as else ""
-    raise ValueError(f"The checkpoint holds a quantized {stored_as}, but {type(model).__name__} has no such linear.{hint}")
+    raise ValueError(f"The checkpoint holds a quantized {stored_as}, but {type(model).__name__} has no such linear.")
 
 
 def _inputs_of(module: nn.Module, name: str) -> int:
