@@ -123,7 +123,7 @@ def quantized_steps(
                 step = QuantizedStep({}, (), {})
                 stages = [stage for names in block.stages if (stage := tuple(name for name in names if name in plan))]
                 for some in [[stage] for stage in stages] if config.sequential else [stages]:
-                    for names, h in zip(some, _gather(model, some, partial(run, j), len(batches), size), strict=True):
+                    for names, h in zip(some, _gather(model, some, partial(run, j), len(batches)), strict=True):
                         step = _quantize_stage(model, names, h, plan, step, swaps)
                 if traced.carry != "none":
                     for b, before in enumerate(kept):
@@ -161,7 +161,7 @@ def _swap(linear: nn.Module, weight: torch.Tensor, swaps: ExitStack) -> None:
     linear._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
 
-def _gather(model: nn.Module, stages: Sequence[Sequence[str]], run: Any, batches: int, size: int) -> list[Hessian | None]:
+def _gather(model: nn.Module, stages: Sequence[Sequence[str]], run: Any, batches: int) -> list[Hessian | None]:
     """The Hessian of what enters each stage, over all batches and calls; None where nothing does."""
     found: list[Hessian | None] = [None] * len(stages)
     at = [0]
@@ -171,8 +171,8 @@ def _gather(model: nn.Module, stages: Sequence[Sequence[str]], run: Any, batches
             x = input_of(args, kwargs).reshape(-1, input_of(args, kwargs).shape[-1]).float()
             if not bool(torch.isfinite(x).all()):
                 raise ValueError(
-                    f"{name}: calibration samples {at[0] * size} to {at[0] * size + size - 1} make its input infinite or NaN. "
-                    "Check them and the model's weights; a float16 model may need bfloat16 or float32."
+                    f"{name}: calibration batch {at[0] + 1} of {batches} makes its input infinite or NaN. "
+                    "Check its samples and the model's weights; a float16 model may need bfloat16 or float32."
                 )
             if len(x):
                 # Experts see any number of rows: a power of two compiles few programs.
