@@ -209,6 +209,20 @@ LOADED = [
 ]
 
 
+def test_half_precision_and_companions(tmp_path: Path) -> None:
+    """The model computes in its own type, and what lies beside it on disk goes along."""
+    model = build("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "float")
+    (tmp_path / "float/tokenizer.json").write_text("{}")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    interop.quantize_traced(model, TOKENS, ROUNDED, tmp_path / "q")
+    assert (tmp_path / "q/tokenizer.json").read_text() == "{}"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    assert loaded.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "q/config.json").read_text())["dtype"] == "bfloat16"
+    assert (logits(loaded) - logits(model)).norm() < 0.3 * logits(model).norm()
+
+
 @pytest.mark.parametrize("kind", LOADED)
 def test_transformers_loads_what_was_written(kind: str, tmp_path: Path) -> None:
     """The same model from disk and in place, and both compute what the dense one does with the weights that the codes stand for."""
@@ -401,6 +415,10 @@ def random() -> Any:
     return model
 
 
+def rescaling() -> Any:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=7))
+
+
 BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "no such module": (plain, {"blocks": "model.layers"}, "no module 'model.layers'. Blocks may be in layers"),
     "not blocks": (plain, {"blocks": "layers.0"}, "layers.0 holds no blocks"),
@@ -413,6 +431,7 @@ BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "on meta": (on_meta, {}, "meta device"),
     "quantized": (already, {}, "quantized already"),
     "random": (random, {}, "does not give the same twice"),
+    "rescaling": (rescaling, {}, "changes its own weight rwkv.blocks.0.attention.output.weight; for RWKV"),
     "tokens too large": (plain, {"example": TOKENS + 50}, "the model knows 99"),
     "one sample": (plain, {"example": TOKENS[0]}, r"\[samples, time\]"),
     "no integers": (plain, {"example": TOKENS / 2}, "whole numbers"),

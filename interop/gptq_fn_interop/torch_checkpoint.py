@@ -37,6 +37,10 @@ class ModelWriter:
         """What is not quantized is written as the model holds it now; tied tensors once."""
         self._model, self._directory, self._shards = model, directory, ShardWriter(directory, shard_bytes)
         self._rest = _own_tensors(model)
+        if isinstance(model, PreTrainedModel):
+            if model.can_generate() and model.generation_config is not None:
+                model.generation_config.save_pretrained(directory)  # which refuses some: better now than after hours
+            copy_companions(Path(model.name_or_path or "no such directory"), directory)
 
     def add(self, block: str, linears: Mapping[str, QuantizedLinear], stored: Mapping[str, str | None], config: QuantConfig) -> None:
         """Write the tensors of one block."""
@@ -55,9 +59,6 @@ class ModelWriter:
         own: dict[str, Any] = {"architectures": [type(self._model).__name__], "dtype": dtype}
         if isinstance(self._model, PreTrainedModel):
             own = {**json.loads(self._model.config.to_json_string()), **own}
-            if self._model.can_generate() and self._model.generation_config is not None:
-                self._model.generation_config.save_pretrained(self._directory)
-            copy_companions(Path(self._model.name_or_path or "no such directory"), self._directory)
         describe(self._directory, own, np.dtype(np.float32), exact)
         write_json(self._directory / "report.json", report.as_dict())
 

@@ -67,7 +67,10 @@ def trace(
         blocks, layers = _autogptq(model, definition)
     tokens = as_tokens(model, example)
     with evaluating(model):
+        versions = {name: parameter._version for name, parameter in model.named_parameters()}
         items = _find_blocks(model, tokens, blocks)
+        if changed := [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]:
+            raise ValueError(f"The model's forward changes its own weight {changed[0]}; for RWKV, set config.rescale_every to 0 first.")
         stages, outputs = _watch(list(items.values()), model, tokens)
         left = _left(model, items, {name for found in stages for stage in found for name in stage}, _flat(layers))
         chosen = [[tuple(name for name in stage if name not in left) for stage in found] for found in stages]
