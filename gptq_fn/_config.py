@@ -39,8 +39,9 @@ class QuantConfig:
     """Consecutive inputs that share a scale; None means that a whole row does."""
     sym: bool = True
     """Symmetric grids: the zero point is the middle code. False lets every group choose its own."""
-    damp: float = 0.01
-    """Added to the Hessian's diagonal, relative to the diagonal's mean; raised where the factorization fails."""
+    damp: float | None = None
+    """Added to the Hessian's diagonal, relative to the diagonal's mean; raised where the factorization fails. None means
+    inputs / rows, from 0.01 to 1: what few calibration tokens say of many inputs is mostly noise."""
     order: Order = "group"
     """Order of the columns: as stored, by importance ("act", known as desc_act), or by importance inside and among
     the stored groups ("group": g_idx stays trivial, so engines that refuse desc_act load the result)."""
@@ -68,7 +69,7 @@ class QuantConfig:
             raise ValueError(f"group_size must be positive, or None for one group a row, got {self.group_size}.")
         if self.min_rows < 0:
             raise ValueError(f"min_rows is a number of calibration tokens, got {self.min_rows}.")
-        if not 0 <= self.damp < 1:
+        if self.damp is not None and not 0 <= self.damp < 1:
             raise ValueError(f"damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got {self.damp}.")
 
     def resolve(self, name: str, *, usual: bool = True) -> "QuantConfig | None":

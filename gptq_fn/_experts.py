@@ -1,7 +1,7 @@
 """Quantizing the experts of a block: one program over all of them, each with the Hessian of the tokens routed to it."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from gptq_fn._config import QuantConfig
 from gptq_fn._hessian import Hessian, add_rows, empty
-from gptq_fn._linears import Losses, alike, energies, finite, report_of, require_solvable, require_storable
+from gptq_fn._linears import Losses, alike, energies, report_of, require_finite, require_solvable, require_storable
 from gptq_fn._quantized import QuantizedLinear
 from gptq_fn._report import LinearReport
 from gptq_fn._solve import Factor, factor, round_to_nearest, solve
@@ -76,10 +76,12 @@ def _solve_chunk(
     """Each role quantized for the experts from `first` on; roles of one input are solved together, as rows of one matrix."""
     began = time.perf_counter()
     mine = {role: jax.tree.map(lambda a: a[first : first + chunk], p[role]) for role in roles}
-    w = jnp.concatenate([finite(names[role].format(n="*"), mine[role]["weight"]) for role in roles], axis=1)
+    for role in roles:
+        _each(require_finite, names[role], first, mine[role]["weight"])
+    w = jnp.concatenate([mine[role]["weight"].astype(jnp.float32) for role in roles], axis=1)
     q, f, losses = _solve(w, h, config)
-    require_solvable(names[roles[0]].format(n="*"), f)
-    require_storable(names[roles[0]].format(n="*"), q)
+    _each(require_solvable, names[roles[0]], first, f.damp)
+    _each(require_storable, names[roles[0]], first, q.scale)
     rows = [int(n) for n in h.rows]
     seconds, start = time.perf_counter() - began, 0
     for role in roles:
@@ -100,6 +102,13 @@ def _solve_chunk(
             for n in range(chunk)
         ]
         yield role, linear, reports
+
+
+def _each(require: Callable[[str, Array], None], name: str, first: int, values: Array) -> None:
+    """Require something of every expert's value; names are looked at only where one of them is not finite."""
+    if not bool(jnp.isfinite(values).all()):
+        for n, value in enumerate(values):
+            require(name.format(n=first + n), value)
 
 
 @partial(jax.jit, static_argnames="config")

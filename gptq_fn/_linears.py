@@ -30,18 +30,20 @@ def quantize_linears(
     rows = int(h.rows)
     for config, together in alike(plan).items():
         began = time.perf_counter()
-        w = jnp.concatenate([finite(name, linears[name]["weight"]) for name in together])
+        for name in together:
+            require_finite(name, linears[name]["weight"])
+        w = jnp.concatenate([linears[name]["weight"].astype(jnp.float32) for name in together])
         if w.shape[1] != len(h.xx):
             raise ValueError(
                 f"{together[0]}: its weight has {w.shape[1]} inputs but {len(h.xx)} features enter it. "
                 "Weights are [out, in]; a Conv1D checkpoint needs stored='in_out' in its LinearSpec."
             )
         f = factor(h, config)
-        require_solvable(together[0], f)
+        require_solvable(together[0], f.damp)
         rounded = round_to_nearest(w, config)
         q = rounded if rows < config.min_rows else solve(w, f, config)[0]
         losses = energies(w, q, rounded, h)
-        require_storable(together[0], q)
+        require_storable(together[0], q.scale)
         seconds, start = time.perf_counter() - began, 0
         for name in together:
             mine = slice(start, start + linears[name]["weight"].shape[0])
@@ -79,16 +81,22 @@ def report_of(
     )
 
 
-def require_solvable(name: str, f: Factor) -> None:
+def require_solvable(name: str, damp: Float[Array, ""]) -> None:
     """Raise ValueError where no damping helped."""
-    if not bool(jnp.isfinite(f.damp).all()):
+    if not bool(jnp.isfinite(damp)):
         raise ValueError(f"{name}: its Hessian cannot be factorized at any damping; its inputs may overflow float32.")
 
 
-def require_storable(name: str, q: QuantizedLinear) -> None:
+def require_storable(name: str, scale: Float[Array, "out groups"]) -> None:
     """Raise ValueError where a scale overflowed."""
-    if not bool(jnp.isfinite(q.scale).all()):
+    if not bool(jnp.isfinite(scale).all()):
         raise ValueError(f"{name}: a scale overflows float16, the type that checkpoints store; its weights are too large.")
+
+
+def require_finite(name: str, weight: Float[Array, "out in"]) -> None:
+    """Raise ValueError where a weight is not finite."""
+    if not bool(jnp.isfinite(weight).all()):
+        raise ValueError(f"{name}: its weight holds infinite or NaN values; the checkpoint is damaged.")
 
 
 class Losses(NamedTuple):
@@ -105,13 +113,6 @@ def energies(w: Float[Array, "out in"], q: QuantizedLinear, rounded: QuantizedLi
     rows = jnp.stack([w - dequantize(q), w - dequantize(rounded), w])
     found = (jnp.matmul(rows, h.xx, precision=jax.lax.Precision.HIGHEST) * rows).sum(-1)
     return Losses(found[0], found[1], found[2])
-
-
-def finite(name: str, weight: Array) -> Float[Array, "*shape"]:
-    """The weight in float32. Raises ValueError where it is not finite."""
-    if not bool(jnp.isfinite(weight).all()):
-        raise ValueError(f"{name}: its weight holds infinite or NaN values; the checkpoint is damaged.")
-    return weight.astype(jnp.float32)
 
 
 def _relative(lost: float, whole: float) -> float:

@@ -21,7 +21,7 @@ from gptq_fn._quantized import QuantizedLinear
 
 _PANEL, _STRIP = 128, 16
 """Columns whose updates stay inside a block: the panel fits the second level of cache, the strip the first."""
-_LARGEST_DAMP = 1.0
+_SMALLEST_DAMP, _LARGEST_DAMP = 0.01, 1.0
 
 Find = Callable[[Float[Array, "columns out"], Int[Array, ""]], Grid]
 """The grid of a block of weights, from these weights and the position of their first column."""
@@ -45,7 +45,7 @@ def factor(h: Hessian, config: QuantConfig) -> Factor:
     """The factor of the damped inverse Hessian, with columns in the order that `config` asks for.
 
     One Cholesky is enough: with H = R R^T and R upper triangular (a Cholesky from the last column to the first),
-    U = R^-1 satisfies H^-1 = U^T U. Damping starts at `config.damp` and doubles until the factor is finite.
+    U = R^-1 satisfies H^-1 = U^T U. Damping starts where `config` says and doubles until the factor is finite.
     """
     n = len(h.xx)
     diagonal = jnp.diagonal(h.xx)
@@ -53,6 +53,8 @@ def factor(h: Hessian, config: QuantConfig) -> Factor:
     mean = jnp.where(dead.all(), 1.0, diagonal.sum() / jnp.maximum((~dead).sum(), 1).astype(diagonal.dtype))
     order = _processing_order(diagonal, config)
     live = jnp.where(dead, mean, diagonal)[order]
+    noise = jnp.clip(n / jnp.maximum(h.rows, 1).astype(mean.dtype), _SMALLEST_DAMP, _LARGEST_DAMP)
+    first = noise if config.damp is None else config.damp
     xx = h.xx[order][:, order]
 
     def attempt(damp: Float[Array, ""]) -> Float[Array, "in in"]:
@@ -67,7 +69,7 @@ def factor(h: Hessian, config: QuantConfig) -> Factor:
         return ~usable(state[1]) & (state[0] < _LARGEST_DAMP)
 
     def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        damp = jnp.where(state[0] < 0, config.damp, jnp.clip(2 * state[0], 0.01, _LARGEST_DAMP))
+        damp = jnp.where(state[0] < 0, first, jnp.clip(2 * state[0], _SMALLEST_DAMP, _LARGEST_DAMP))
         return damp, attempt(damp)
 
     untried = jnp.asarray(-1.0, xx.dtype), jnp.zeros_like(xx)  # nothing usable, so that the loop holds the only attempt

@@ -376,6 +376,7 @@ class ModelSpec:
     """A whole model. `tensors` are pairs (role, name) of what lies outside the blocks, the name None for a norm without a weight.
 
     Roles outside: embed, positions, embed_norm, project_in, final_norm, project_out, head; all but embed are optional.
+    With `sinusoids`, embeddings have fixed positions added: sines, then cosines, at rates from 1 to 1/10000 radians a token.
     `ignored` are regular expressions of tensors on disk that say nothing new (buffers, copies of tied weights).
     """
 
@@ -384,6 +385,7 @@ class ModelSpec:
     tensors: tuple[tuple[str, str | None], ...]
     norm: NormSpec
     position_offset: int = 0
+    sinusoids: bool = False
     embed_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None

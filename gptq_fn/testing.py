@@ -28,6 +28,7 @@ def configs(**fixed: Any) -> st.SearchStrategy[QuantConfig]:
         "order": st.sampled_from(("natural", "act", "group")),
         "static_groups": st.booleans(),
         "grid": st.sampled_from(("minmax", "mse")),
+        "damp": st.sampled_from((None, 0.01)),
     }
     return st.builds(QuantConfig, **{**drawn, **{name: st.just(value) for name, value in fixed.items()}})
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from family_cases_gpt import GPT_CASES
+
 SMALL = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "max_position_embeddings": 64}
 LLAMA = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
 OPT = {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 64, "pad_token_id": 1}
@@ -33,4 +35,5 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", NEOX),
     "gpt_neox-sequential-full": ("gpt_neox", {**NEOX, "use_parallel_residual": False, "rotary_pct": 1.0}),
     "gpt_neox-half-tied": ("gpt_neox", {**NEOX, "rotary_pct": 0.5, "tie_word_embeddings": True, "layer_norm_eps": 0.01}),
+    **GPT_CASES,
 }

@@ -33,14 +33,14 @@ class Solution(NamedTuple):
     """Decisions of the linear that was followed which differ from those of float64; all of them on ties."""
 
 
-def problem(w: np.ndarray, xx: np.ndarray, config: QuantConfig, damp: float | None = None) -> Problem:
+def problem(w: np.ndarray, xx: np.ndarray, config: QuantConfig, damp: float) -> Problem:
     """Dead columns get weight 0 and the mean diagonal; then damping relative to that mean."""
     w, h = np.array(w, np.float64), np.array(xx, np.float64)
     importance = np.diag(h)
     dead = importance == 0
     mean = importance[~dead].mean()
     w[:, dead] = 0
-    damped = h + np.diag(np.where(dead, mean, 0) + (config.damp if damp is None else damp) * mean)
+    damped = h + np.diag(np.where(dead, mean, 0) + damp * mean)
     return Problem(w, damped, importance, config)
 
 

@@ -39,11 +39,16 @@ def name(c: QuantConfig) -> str:
 laws = pytest.mark.parametrize("config", LAWS, ids=name)
 
 
+def damp_of(h: Hessian, config: QuantConfig) -> float:
+    """The damping that is asked for: by default, inputs over rows."""
+    return min(1.0, max(0.01, len(h.xx) / int(h.rows))) if config.damp is None else config.damp
+
+
 def assert_textbook(q: QuantizedLinear, w: jnp.ndarray, h: Hessian, config: QuantConfig, damp: float | None = None) -> np.ndarray:
     """Raise unless textbook GPTQ could have given `q`; returns the objective of each row."""
     assert q.problems() == ()
     follow = Following(config, q, slack=2e-6 * 2**config.bits)
-    exact = gptq(problem(np.asarray(w), np.asarray(h.xx), config, damp), follow)
+    exact = gptq(problem(np.asarray(w), np.asarray(h.xx), config, damp_of(h, config) if damp is None else damp), follow)
     np.testing.assert_array_equal(q.group_of, exact.group_of)
     assert exact.strayed <= 0.01 * q.codes.size
     return exact.objective
@@ -65,7 +70,7 @@ def test_solve_is_textbook_gptq(config, data):
     assert list(f.order) == processing_order(np.diag(h.xx), config)
     q, objective = solve(w, f, config)
     exact = assert_textbook(q, w, h, config)
-    start = problem(np.asarray(w), np.asarray(h.xx), config)
+    start = problem(np.asarray(w), np.asarray(h.xx), config, damp_of(h, config))
     size = np.sqrt(np.einsum("oi,ij,oj->o", start.w, start.h, start.w))  # float32 rounds w, and so w - q
     assert (np.abs(np.sqrt(objective) - np.sqrt(exact)) <= 2e-6 * size).all()
 
@@ -146,10 +151,10 @@ def test_the_factor_inverts_the_damped_hessian(x, config):
     h = hessian_of(x)
     f = factor(h, config)
     u, order = np.asarray(f.upper, np.float64), np.asarray(f.order)
-    damped = problem(np.zeros((1, IN)), np.asarray(h.xx), config).h[np.ix_(order, order)]
+    damped = problem(np.zeros((1, IN)), np.asarray(h.xx), config, damp_of(h, config)).h[np.ix_(order, order)]
     np.testing.assert_array_equal(u, np.triu(u))
     np.testing.assert_allclose(u @ damped @ u.T, np.eye(IN), atol=1e-3)
-    assert float(f.damp) == np.float32(config.damp)
+    assert float(f.damp) == np.float32(damp_of(h, config))
 
 
 @given(w=weights(OUT, IN), x=activations(IN // 3, IN))
@@ -165,8 +170,9 @@ def test_damping_is_raised_until_the_factor_exists(w, x):
 
 def test_inputs_that_were_all_zero_give_zero_weights():
     config = LAWS[0]
-    f = factor(Hessian(jnp.zeros((IN, IN)), jnp.asarray(5, jnp.int32)), config)
-    assert float(f.damp) == np.float32(config.damp)
+    h = Hessian(jnp.zeros((IN, IN)), jnp.asarray(5, jnp.int32))
+    f = factor(h, config)
+    assert float(f.damp) == np.float32(damp_of(h, config))
     assert f.dead.all()
     assert not dequantize(solve(jnp.ones((OUT, IN)), f, config)[0]).any()
 

@@ -6,19 +6,35 @@ from dataclasses import replace
 from typing import Any
 
 from gptq_fn.families._config import HARMLESS, Config
-from gptq_fn.families.gpt2 import gpt2
+from gptq_fn.families.bloom import bloom, falcon, refined_web
+from gptq_fn.families.gpt2 import gpt2, gpt_bigcode, gpt_neo, openai_gpt
 from gptq_fn.families.gpt_neox import gpt_neox
+from gptq_fn.families.gptj import codegen, gptj, moss
 from gptq_fn.families.llama import llama, mistral, qwen2
-from gptq_fn.families.opt import opt
+from gptq_fn.families.mpt import mpt
+from gptq_fn.families.opt import biogpt, opt, xglm
 from gptq_fn.spec import ModelSpec
 
 FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
+    "biogpt": biogpt,
+    "bloom": bloom,
+    "codegen": codegen,
+    "falcon": falcon,
     "gpt2": gpt2,
+    "gpt_bigcode": gpt_bigcode,
+    "gpt_neo": gpt_neo,
     "gpt_neox": gpt_neox,
+    "gptj": gptj,
     "llama": llama,
     "mistral": mistral,
+    "moss": moss,
+    "mpt": mpt,
+    "openai-gpt": openai_gpt,
     "opt": opt,
     "qwen2": qwen2,
+    "RefinedWeb": refined_web,
+    "RefinedWebModel": falcon,
+    "xglm": xglm,
 }
 """config.json's model_type -> the function that describes it."""
 
@@ -38,10 +54,11 @@ def spec_from_config(config: Mapping[str, Any], *, ignore: Iterable[str] = ()) -
     reader = Config(config)
     spec = FAMILIES[kind](reader)
     if unknown := reader.leftovers(HARMLESS | frozenset(ignore)):
-        values = ", ".join(f"{key} = {config[key]!r}" for key in unknown)
+        values = ", ".join(f"{key} = {value!r}" for key, value in unknown.items())
         raise ValueError(
             f"The config of this {kind} model has keys that are not understood: {values}. "
             "Pass ignore=[...] with their names if they do not change the logits."
         )
-    tied_head = tuple(f"{name}\\..*" for role, name in spec.tensors if role == "head" and spec.tied)
+    # a bias is something new
+    tied_head = tuple(f"{name}\\.(?!bias).*" for role, name in spec.tensors if role == "head" and spec.tied)
     return replace(spec, origin=json.dumps(dict(config)), ignored=spec.ignored + tied_head)

@@ -8,16 +8,23 @@ from gptq_fn.spec import Activation, ProportionalScaling, RopeSpec
 
 # fmt: off
 HARMLESS = frozenset({
-    "add_cross_attention", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bad_words_ids", "begin_suppress_tokens",
-    "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id", "do_sample", "dropout", "dtype",
-    "embd_pdrop", "eos_token_id", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing",
-    "hidden_dropout", "id2label", "init_std", "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config",
-    "keys_to_ignore_at_inference", "label2id", "layerdrop", "max_length", "max_position_embeddings", "model_type", "n_ctx",
-    "n_positions", "num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
-    "problem_type", "quantization_config", "resid_pdrop", "return_dict", "rope_interleaved", "sep_token_id", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class",
-    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16",
-    "use_cache", "use_return_dict", "vocab_size", "word_embed_proj_dim",
+    "activation_dropout", "add_cross_attention", "architectures", "attention_dropout", "attention_probs_dropout_prob",
+    "attention_softmax_in_fp32", "attn_impl", "attn_pdrop", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bias_dropout_fusion",
+    "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dropout", "dtype", "early_stopping", "emb_pdrop", "embd_pdrop", "embed_dropout",
+    "embedding_dropout", "embedding_fraction", "eos_token_id", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "id2label", "inference_runner", "init_config", "init_device",
+    "init_std", "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "keys_to_ignore_at_inference", "label2id",
+    "layerdrop", "length_penalty", "masked_softmax_fusion", "max_batch_size", "max_length", "max_position_embeddings", "max_seq_len",
+    "max_sequence_length", "min_length", "model_type", "n_ctx", "n_positions", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_labels", "num_return_sequences", "offset_alibi", "output_attentions", "output_hidden_states", "pad_key_length", "pad_token_id",
+    "pre_allocate_kv_cache", "prefix", "pretraining_tp", "problem_type", "quantization_config", "repetition_penalty", "resid_dropout",
+    "resid_pdrop", "residual_dropout", "return_dict", "rope_interleaved", "scale_attention_softmax_in_fp32", "sep_token_id",
+    "seq_length", "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "temperature", "tokenizer_class",
+    "tokenizer_name", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
+    "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "use_parallel_embedding", "use_return_dict",
+    "validate_runner_input", "verbose", "vocab_size", "word_embed_proj_dim",
 })
 # fmt: on
 """Keys that do not change the logits, or only say what the shapes of the tensors say too."""
@@ -43,6 +50,7 @@ class Config:
         """A reader of `values`, of which no key has been asked for yet."""
         self._values = values
         self._asked: set[str] = set()
+        self._sections: dict[str, Config] = {}
 
     def get(self, *names: str, default: Any = _REQUIRED) -> Any:
         """The value of the first of these keys that is there and not null. Raises ValueError if one is needed and none is there."""
@@ -53,6 +61,10 @@ class Config:
         if default is _REQUIRED:
             raise ValueError(f"The config of this {self._values.get('model_type')} model has no {' or '.join(names)}.")
         return default
+
+    def section(self, name: str) -> "Config":
+        """A reader of the keys under this one, which are refused like the others where nobody asks for them."""
+        return self._sections.setdefault(name, Config({"model_type": f"{self._values.get('model_type')}", **self.get(name, default={})}))
 
     def only(self, name: str, value: Any) -> None:
         """Refuse any other value of this key. Raises ValueError."""
@@ -92,7 +104,9 @@ class Config:
         dim = head_dim if isinstance(scaling, ProportionalScaling) else int(head_dim * partial)
         return RopeSpec(dim, theta, interleaved, scaling)
 
-    def leftovers(self, harmless: frozenset[str]) -> tuple[str, ...]:
-        """Keys with a value, that were not asked for and are not known to be harmless."""
+    def leftovers(self, harmless: frozenset[str]) -> dict[str, Any]:
+        """Keys with a value, that were not asked for and are not known to be harmless; those of a section with its name."""
         unknown = self._values.keys() - self._asked - harmless
-        return tuple(sorted(key for key in unknown if key[0] != "_" and self._values[key] not in (None, False, [], {}, "")))
+        found = {key: self._values[key] for key in sorted(unknown) if key[0] != "_" and self._values[key] not in (None, False, [], {}, "")}
+        inner = {name: section.leftovers(harmless) for name, section in self._sections.items()}
+        return found | {f"{name}.{key}": value for name, keys in inner.items() for key, value in keys.items()}

@@ -1,7 +1,9 @@
-"""OPT."""
+"""OPT, and BioGPT and XGLM, whose blocks are its."""
+
+from dataclasses import replace
 
 from gptq_fn.families._config import Config
-from gptq_fn.spec import AttentionSpec, BlockSpec, LinearSpec, MlpSpec, ModelSpec, NormSpec
+from gptq_fn.spec import Activation, AttentionSpec, BlockSpec, LinearSpec, MlpSpec, ModelSpec, NormSpec
 
 LINEARS = (
     LinearSpec("q", "self_attn.q_proj", "attn_in"),
@@ -43,3 +45,33 @@ def opt(c: Config) -> ModelSpec:
         position_offset=2,
         tied=c.get("tie_word_embeddings", default=True),
     )
+
+
+def biogpt(c: Config) -> ModelSpec:
+    """OPT with scaled embeddings."""
+    c.get("intermediate_size", "layer_norm_eps", default=None)  # the norms do not follow the config
+    block = _block(c, c.get("num_attention_heads"), c.get("hidden_size"), c.act("hidden_act", "gelu"))
+    tensors = (*((role, f"biogpt.{name}") for role, name in TENSORS), ("final_norm", "biogpt.layer_norm"), ("head", "output_projection"))
+    spec = ModelSpec((block,) * c.get("num_hidden_layers"), "biogpt.layers.{i}.", tensors, block.norm, position_offset=2)
+    return _scaled(c, spec, c.get("hidden_size"))
+
+
+def xglm(c: Config) -> ModelSpec:
+    """OPT with scaled embeddings and fixed positions."""
+    c.get("ffn_dim", default=None)
+    width = c.get("d_model", "hidden_size")
+    block = _block(c, c.get("attention_heads", "num_attention_heads"), width, c.act("activation_function", "gelu"))
+    tensors = (("embed", "model.embed_tokens"), ("final_norm", "model.layer_norm"), ("head", "lm_head"))
+    blocks = (block,) * c.get("num_layers", "num_hidden_layers")
+    spec = ModelSpec(blocks, "model.layers.{i}.", tensors, block.norm, position_offset=2, sinusoids=True)
+    return _scaled(c, replace(spec, ignored=("model.embed_positions.weights",)), width)
+
+
+def _block(c: Config, heads: int, width: int, act: Activation) -> BlockSpec:
+    names = (("attn_in", "self_attn_layer_norm"), ("mlp_in", "final_layer_norm"))
+    return BlockSpec(AttentionSpec(heads, heads, width // heads), MlpSpec(act), NormSpec("layer", 1e-5), LINEARS, names)
+
+
+def _scaled(c: Config, spec: ModelSpec, width: int) -> ModelSpec:
+    scale = width**0.5 if c.get("scale_embedding", default=True) else 1.0
+    return replace(spec, embed_scale=scale, tied=c.get("tie_word_embeddings", default=True))

@@ -13,6 +13,7 @@ from gptq_fn.model.attention import Cache, empty_cache
 from gptq_fn.model.block import BlockParams, block
 from gptq_fn.model.linear import linear
 from gptq_fn.model.norm import norm
+from gptq_fn.model.position import sinusoids
 from gptq_fn.spec import BlockSpec, ModelSpec
 
 Params = Mapping[str, Any]
@@ -26,8 +27,10 @@ def embed(
     x = jnp.take(top["embed"]["weight"], tokens, axis=0) * spec.embed_scale
     if "project_in" in top:
         x = linear(top["project_in"], x)
+    positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32) + spec.position_offset
+    if spec.sinusoids:
+        x = x + sinusoids(x.shape[-1], positions)[None].astype(x.dtype)
     if "positions" in top:
-        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32) + spec.position_offset
         x = x + jnp.take(top["positions"]["weight"], positions, axis=0)[None]
     return norm(spec.norm, top.get("embed_norm"), x)
 

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, arXiv 2104.09864), their scalings for long texts, and ALiBi."""
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864), their scalings for long texts, ALiBi and sinusoids."""
 
 import math
 from functools import singledispatch
@@ -108,3 +108,10 @@ def _slopes(spec: AlibiSpec, heads: int) -> np.ndarray:
     if spec.slopes == "mpt":
         return np.concatenate([finer[1::2], finer[::2]])[:heads]
     return np.concatenate([powers(below), finer[::2][: heads - below]])
+
+
+def sinusoids(width: int, positions: Int[Array, " time"]) -> Float[Array, "time width"]:
+    """Sines and cosines of angles that grow with `positions`, in halves as in tensor2tensor (cf. Vaswani et al. 2017, 3.5)."""
+    rates = 10000.0 ** (-np.arange(width // 2) / (width // 2 - 1))
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rates, jnp.float32)[None]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)

@@ -32,7 +32,7 @@ def quantization_config(report: Report) -> dict[str, Any]:
         **_scheme(config),
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if zeros_version(config) == "v1" else "gptq_v2",
-        "damp_percent": config.damp,
+        "damp_percent": 0.01 if config.damp is None else config.damp,
         "static_groups": config.static_groups,
         "true_sequential": config.sequential,
         "lm_head": any(x.name in HEADS for x in report.linears),
