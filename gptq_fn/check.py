@@ -138,7 +138,7 @@ def _widths(spec: ModelSpec, shapes: Shapes) -> Iterator[str]:
                 shape = (copies, features) if rows and block.copies(slot) is None else (features,)
                 yield from _wrong(shapes, full, shape, bias=shape)
         for role, name in block.arrays:
-            if shapes[prefix + name] != (_arrays(block)[role],):
+            if shapes[prefix + name] not in ((_arrays(block)[role],), (1, _arrays(block)[role])):
                 yield f"{prefix + name} is {list(shapes[prefix + name])} but the spec makes it [{_arrays(block)[role]}]."
 
 

@@ -150,9 +150,9 @@ class AttentionSpec:
 
     `qkv` is how the projections are stored: "separate" (roles q, k, v), or one role qkv that is "concat" [Q | K | V],
     "grouped" [kv head, (its query heads, key, value), head_dim], or "mp_split" [4, (q, v, k), heads / 4 * head_dim].
-    `clip` bounds the projections' absolute values. Scores are multiplied by `scale` (head_dim^-1/2 by default) and
-    pass through softcap * tanh(. / softcap). `window`: a token sees itself and window - 1 before it. With `sinks`, a
-    learned score for each head (the array "sinks") takes its share of the softmax.
+    `clip` bounds queries, keys (behind their norms, before rotation) and values. Scores are multiplied by `scale`
+    (head_dim^-1/2 by default) and pass through softcap * tanh(. / softcap). `window`: a token sees itself and
+    window - 1 before it. With `sinks`, a learned score for each head (the array "sinks") takes its share of the softmax.
     """
 
     heads: int

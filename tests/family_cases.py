@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from family_cases_experts import EXPERT_CASES
 from family_cases_gpt import GPT_CASES
+from family_cases_llama import LLAMA_CASES
 
 SMALL = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "max_position_embeddings": 64}
 LLAMA = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
@@ -36,4 +38,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox-sequential-full": ("gpt_neox", {**NEOX, "use_parallel_residual": False, "rotary_pct": 1.0}),
     "gpt_neox-half-tied": ("gpt_neox", {**NEOX, "rotary_pct": 0.5, "tie_word_embeddings": True, "layer_norm_eps": 0.01}),
     **GPT_CASES,
+    **LLAMA_CASES,
+    **EXPERT_CASES,
 }

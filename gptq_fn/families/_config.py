@@ -9,22 +9,23 @@ from gptq_fn.spec import Activation, ProportionalScaling, RopeSpec
 # fmt: off
 HARMLESS = frozenset({
     "activation_dropout", "add_cross_attention", "architectures", "attention_dropout", "attention_probs_dropout_prob",
-    "attention_softmax_in_fp32", "attn_impl", "attn_pdrop", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bias_dropout_fusion",
-    "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id",
-    "diversity_penalty", "do_sample", "dropout", "dtype", "early_stopping", "emb_pdrop", "embd_pdrop", "embed_dropout",
-    "embedding_dropout", "embedding_fraction", "eos_token_id", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
-    "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "id2label", "inference_runner", "init_config", "init_device",
-    "init_std", "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "keys_to_ignore_at_inference", "label2id",
-    "layerdrop", "length_penalty", "masked_softmax_fusion", "max_batch_size", "max_length", "max_position_embeddings", "max_seq_len",
-    "max_sequence_length", "min_length", "model_type", "n_ctx", "n_positions", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
-    "num_labels", "num_return_sequences", "offset_alibi", "output_attentions", "output_hidden_states", "pad_key_length", "pad_token_id",
-    "pre_allocate_kv_cache", "prefix", "pretraining_tp", "problem_type", "quantization_config", "repetition_penalty", "resid_dropout",
-    "resid_pdrop", "residual_dropout", "return_dict", "rope_interleaved", "scale_attention_softmax_in_fp32", "sep_token_id",
-    "seq_length", "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "temperature", "tokenizer_class",
-    "tokenizer_name", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
-    "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "use_parallel_embedding", "use_return_dict",
-    "validate_runner_input", "verbose", "vocab_size", "word_embed_proj_dim",
+    "attention_softmax_in_fp32", "attn_impl", "attn_pdrop", "auto_map", "aux_loss_alpha", "bad_words_ids", "begin_suppress_tokens",
+    "bias_dropout_fusion", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dropout", "dtype", "early_stopping", "emb_pdrop", "embd_pdrop",
+    "embed_dropout", "embedding_dropout", "embedding_fraction", "embedding_initializer_range", "eod_token_id", "eos_token_id", "ep_size",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob",
+    "id2label", "inference_runner", "init_config", "init_device", "init_std", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "is_llama_config", "keys_to_ignore_at_inference", "label2id", "layerdrop", "length_penalty", "masked_softmax_fusion", "max_batch_size",
+    "max_length", "max_position_embeddings", "max_seq_len", "max_sequence_length", "min_length", "model_type", "n_ctx", "n_positions",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "offset_alibi", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_key_length", "pad_token_id", "pre_allocate_kv_cache", "prefix", "pretraining_tp",
+    "problem_type", "quantization_config", "repetition_penalty", "resid_dropout", "resid_pdrop", "residual_dropout", "return_dict",
+    "router_aux_loss_coef", "router_jitter_noise", "scale_attention_softmax_in_fp32", "sep_token_id", "seq_aux", "seq_length",
+    "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params", "temperature", "tokenizer_class", "tokenizer_name", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache", "use_parallel_embedding", "use_return_dict", "validate_runner_input", "verbose",
+    "vocab_size", "word_embed_proj_dim",
 })
 # fmt: on
 """Keys that do not change the logits, or only say what the shapes of the tensors say too."""
@@ -87,13 +88,17 @@ class Config:
     ) -> RopeSpec:
         """Rotary positions as transformers 5 writes them (rope_parameters) or as older files do (rope_theta, rope_scaling).
 
-        `layer` is a layer type ("sliding_attention", ...), for configs that hold parameters for each.
+        `layer` is a layer type, for configs that hold parameters for each. Older ones scale "full_attention" alone, and
+        may hold another theta for "sliding_attention" (rope_local_base_freq).
         """
-        new = dict(self.get("rope_parameters", default={}))
-        new = dict(new.get(layer) or {}) if layer in new else new
-        old = dict(self.get("rope_scaling", default={}))
-        self.get("rope_type", default=None)
+        new, old = dict(self.get("rope_parameters", default={})), dict(self.get("rope_scaling", default={}))
         theta = self.get("rope_theta", "rotary_emb_base", default=theta)
+        self.get("rope_type", default=None)
+        if layer is not None and layer in new:
+            new = dict(new[layer] or {})
+        elif layer == "sliding_attention":
+            theta = self.get("rope_local_base_freq", default=new.get("rope_theta", theta))
+            new, old = {}, {}
         partial = self.get("partial_rotary_factor", "rotary_pct", default=partial)
         found = {"rope_theta": theta, "partial_rotary_factor": partial, **old, **new}
         length = self.get("original_max_position_embeddings", default=None)

@@ -52,7 +52,7 @@ def _yarn(found: dict[str, Any], original: int | None, context: int | None, part
     length = _known(original or context, "original_max_position_embeddings")
     factor = float(found.pop("factor", None) or _known(context, "factor") / length)
     part, whole = found.pop("mscale", None), found.pop("mscale_all_dim", None)
-    usual = _magnitude(factor, part) / _magnitude(factor, whole) if part and whole else _magnitude(factor, 1.0)
+    usual = magnitude(factor, part) / magnitude(factor, whole) if part and whole else magnitude(factor, 1.0)
     return YarnScaling(
         factor=factor,
         original_length=length,
@@ -63,7 +63,8 @@ def _yarn(found: dict[str, Any], original: int | None, context: int | None, part
     )
 
 
-def _magnitude(factor: float, scale: float) -> float:
+def magnitude(factor: float, scale: float) -> float:
+    """What yarn multiplies queries and keys by together, for texts longer by `factor` (DeepSeek's mscale)."""
     return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
 

@@ -38,6 +38,8 @@ def attention(
     positions = positions_of(x, cache)
     if spec.qk_norm is not None and not spec.qk_norm.after_rope:
         q, k = _normalized(spec, p, q, k)
+    if spec.clip is not None:
+        q, k, v = (jnp.clip(part, -spec.clip, spec.clip) for part in (q, k, v))
     if isinstance(spec.position, RopeSpec):
         q, k = rotate(spec.position, q, positions), rotate(spec.position, k, positions)
     if spec.qk_norm is not None and spec.qk_norm.after_rope:
@@ -87,7 +89,7 @@ def _project(spec: AttentionSpec, p: Mapping[str, Any], x: Array) -> tuple[Array
         else:
             q, v, k = jnp.moveaxis(whole.reshape(*lead, 4, 3, heads // 4 * dim), -2, 0)
             parts = q, k, v
-    q, k, v = parts if spec.clip is None else (jnp.clip(part, -spec.clip, spec.clip) for part in parts)
+    q, k, v = parts
     return q.reshape(*lead, heads, dim), k.reshape(*lead, kv_heads, dim), v.reshape(*lead, kv_heads, dim)
 
 
