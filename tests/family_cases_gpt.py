@@ -19,6 +19,14 @@ NEO = {
     "vocab_size": 97, "hidden_size": 64, "num_layers": 2, "num_heads": 8, "max_position_embeddings": 64, "intermediate_size": 48,
     "attention_types": [[["global", "local"], 1]], "window_size": 5, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+GROUPED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+PERSIMMON = {**SMALL, "intermediate_size": 48}
+COHERE2 = {
+    **GROUPED,
+    "num_hidden_layers": 3,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 OPENAI = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 8, "n_positions": 64}
 XGLM = {
     "vocab_size": 97, "d_model": 64, "num_layers": 2, "attention_heads": 8, "max_position_embeddings": 64, "ffn_dim": 48,
@@ -52,6 +60,22 @@ GPT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("mpt", MPT),
     "mpt-six-heads": ("mpt", {**MPT, "d_model": 48, "n_heads": 6, "layer_norm_epsilon": 0.01}),
     "mpt-clipped": ("mpt", {**MPT, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.3}}),
+    "phi": ("phi", {**GROUPED, "num_key_value_heads": None}),
+    "phi-norms-groups": ("phi", {**GROUPED, "qk_layernorm": True, "layer_norm_eps": 0.01}),
+    "cohere": ("cohere", GROUPED),
+    "cohere-norms-bias-untied": (
+        "cohere",
+        {**GROUPED, "use_qk_norm": True, "attention_bias": True, "tie_word_embeddings": False, "logit_scale": 0.25},
+    ),
+    "cohere2": ("cohere2", COHERE2),
+    "stablelm": ("stablelm", {**GROUPED, "use_qkv_bias": True}),
+    "stablelm-parallel-norms": ("stablelm", {**GROUPED, "use_parallel_residual": True, "qk_layernorm": True}),
+    "starcoder2": ("starcoder2", GROUPED),
+    "starcoder2-window": ("starcoder2", {**GROUPED, "sliding_window": 5, "use_bias": False, "tie_word_embeddings": False}),
+    "nemotron": ("nemotron", GROUPED),
+    "nemotron-bias-wide-heads": ("nemotron", {**GROUPED, "attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "persimmon": ("persimmon", PERSIMMON),
+    "persimmon-plain": ("persimmon", {**PERSIMMON, "qk_layernorm": False, "hidden_act": "gelu"}),
     "openai-gpt": ("openai-gpt", OPENAI),
     "xglm": ("xglm", XGLM),
     "xglm-unscaled": ("xglm", {**XGLM, "scale_embedding": False, "tie_word_embeddings": False}),

@@ -126,7 +126,7 @@ def test_mpt_has_the_steepest_slope_that_its_config_says(built, monkeypatch):
     assert difference(logits, model) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral-window", "opt-350m", "gpt2", "falcon-rw", "xglm"])
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "opt-350m", "gpt2", "falcon-rw", "cohere2", "xglm"])
 def test_generating_with_a_cache_takes_the_likeliest_tokens(case, built):
     _, spec, checkpoint, _ = built(case)
     params = read_params(spec, checkpoint)
@@ -187,7 +187,7 @@ def older(config: Mapping[str, Any]) -> dict[str, Any]:
     "case",
     [
         *("llama", "llama-linear-rope", "llama-llama3-rope", "mistral-window", "qwen2-window", "gpt_neox-half-tied"),
-        *("falcon-7b",),
+        *("falcon-7b", "phi", "persimmon", "stablelm", "starcoder2-window", "nemotron", "cohere"),
     ],
 )
 def test_configs_of_transformers_4_are_understood(case):
@@ -205,10 +205,13 @@ def test_configs_of_transformers_4_are_understood(case):
     [
         ("bloom", "hidden_size", {"n_embed": 64}),
         ("bloom", "n_head", {"num_attention_heads": 8}),
+        ("cohere2", "layer_types", {"sliding_window_pattern": 2}),
+        ("cohere2", "layer_types", {"layer_switch": 2, "use_gated_activation": True, "order_of_interleaved_layers": "local_attn_first"}),
         ("falcon-40b", "num_kv_heads", {"n_head_kv": 2}),
         ("gpt_bigcode", "num_key_value_heads", {}),
         ("gpt_neo", "attention_layers", {}),
         ("mpt", "attn_config", {}),
+        ("nemotron", "rope_parameters", {"rope_percent": 0.5, "rope_theta": 10000.0}),
     ],
 )
 def test_older_keys_mean_the_same(case, new, old):
@@ -274,6 +277,8 @@ def test_a_key_that_is_not_understood_is_refused_by_name(case):
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = False, but only True is described"),
         ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine = False"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "only False is described for bloom models"),
+        ("cohere2", {"position_embedding_type": "rope"}, "position_embedding_type = 'rope', but only 'rope_gptj'"),
+        ("cohere2", {"layer_types": ["chunked_attention"] * 3}, "layers of type chunked_attention"),
         ("gpt_neo", {"attention_layers": ["ring", "global"]}, "attention of type ring; global and local are described"),
         ("gptj", {"rotary": False}, "rotary = False, but only True is described for gptj models"),
         ("moss", {"wbits": 4}, "wbits = 4, but only 32 is described for moss models"),
@@ -281,6 +286,7 @@ def test_a_key_that_is_not_understood_is_refused_by_name(case):
         ("mpt", {"attn_config": {"kv_n_heads": 2, "qk_ln": True}}, r"attn_config\.kv_n_heads = 2, attn_config\.qk_ln = True"),
         ("mpt", {"logit_scale": 0.5}, r"not understood: logit_scale = 0\.5"),
         ("mpt", {"norm_type": "rmsnorm"}, "norm_type = 'rmsnorm', but only 'layernorm'"),
+        ("starcoder2", {"mlp_type": "gated"}, "mlp_type = 'gated', but only 'default'"),
     ],
 )
 def test_what_no_family_describes_is_refused_in_a_sentence(case, changes, sentence):

@@ -40,6 +40,7 @@ from gptq_fn.families.glm import glm, glm4
 from gptq_fn.families.gpt2 import gpt2, gpt_bigcode, gpt_neo, openai_gpt
 from gptq_fn.families.gpt_neox import gpt_neox
 from gptq_fn.families.gptj import codegen, gptj, moss
+from gptq_fn.families.layer_norm import cohere, cohere2, nemotron, persimmon, phi, stablelm, starcoder2
 from gptq_fn.families.llama import (
     arcee,
     cwm,
@@ -72,6 +73,8 @@ FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
     "biogpt": biogpt,
     "bloom": bloom,
     "codegen": codegen,
+    "cohere": cohere,
+    "cohere2": cohere2,
     "cwm": cwm,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
@@ -119,12 +122,15 @@ FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
     "moss": moss,
     "mpt": mpt,
     "nanochat": nanochat,
+    "nemotron": nemotron,
     "olmo": olmo,
     "olmo2": olmo2,
     "olmo3": olmo3,
     "olmoe": olmoe,
     "openai-gpt": openai_gpt,
     "opt": opt,
+    "persimmon": persimmon,
+    "phi": phi,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen2_moe": qwen2_moe,
@@ -133,6 +139,8 @@ FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
     "seed_oss": llama,
     "smollm3": smollm3,
     "solar_open": solar_open,
+    "stablelm": stablelm,
+    "starcoder2": starcoder2,
     "vaultgemma": vaultgemma,
     "xglm": xglm,
     "youtu": youtu,
