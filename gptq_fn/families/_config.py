@@ -67,6 +67,11 @@ class Config:
         """A reader of the keys under this one, which are refused like the others where nobody asks for them."""
         return self._sections.setdefault(name, Config({"model_type": f"{self._values.get('model_type')}", **self.get(name, default={})}))
 
+    def number(self, name: str, default: float | int | None) -> Any:
+        """The value of this key as a float; None where there is none and `default` is None."""
+        found = self.get(name, default=default)
+        return None if found is None else float(found)
+
     def only(self, name: str, value: Any) -> None:
         """Refuse any other value of this key. Raises ValueError."""
         found = self.get(name, default=value)

@@ -55,7 +55,7 @@ def _yarn(found: dict[str, Any], original: int | None, context: int | None, part
     usual = magnitude(factor, part) / magnitude(factor, whole) if part and whole else magnitude(factor, 1.0)
     return YarnScaling(
         factor=factor,
-        original_length=length,
+        original_length=float(length),
         fast=float(found.pop("beta_fast", None) or 32),
         slow=float(found.pop("beta_slow", None) or 1),
         amplitude=float(found.pop("attention_factor", usual)),

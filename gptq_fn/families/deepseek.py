@@ -53,7 +53,7 @@ def deepseek_v2(c: Config) -> ModelSpec:
         raise ValueError(f"The config says topk_method = {method!r}; greedy and group_limited_greedy are described.")
     moe = replace(routed_experts(c), score="softmax", renormalise=False, group_score="best")
     moe = moe if method == "group_limited_greedy" else replace(moe, groups=1, top_groups=1)
-    return routed(c, latent(c), replace(moe, scale=c.get("routed_scaling_factor", default=1.0)), bias=None)
+    return routed(c, latent(c), replace(moe, scale=c.number("routed_scaling_factor", 1.0)), bias=None)
 
 
 def deepseek_v3(c: Config) -> ModelSpec:
@@ -73,7 +73,7 @@ def routed_experts(c: Config) -> MoeSpec:
         mlp,
         "sigmoid",
         renormalise=c.get("norm_topk_prob", default=True),
-        scale=c.get("routed_scaling_factor", default=1.0),
+        scale=c.number("routed_scaling_factor", 1.0),
         groups=c.get("n_group", default=1),
         top_groups=c.get("topk_group", default=1),
         group_score="best_two",
@@ -118,7 +118,7 @@ def hy_v3(c: Config) -> ModelSpec:
     """Llama with norms on queries and keys, and DeepSeek's routing."""
     c.get("enable_moe_fp32_combine", default=None)  # a matter of rounding
     spec = llama(c, attn=attention(c, qk_norm=headwise(rms(c))), norms=NORMS + QK_NORMS)
-    moe = replace(routed_experts(c), scale=c.get("router_scaling_factor", default=1.0))
+    moe = replace(routed_experts(c), scale=c.number("router_scaling_factor", 1.0))
     return routed(c, spec, moe, router="router.gate", bias="expert_bias", shared="shared_mlp")
 
 
@@ -162,11 +162,11 @@ def minimax_m2(c: Config) -> ModelSpec:
 def minicpm3(c: Config) -> ModelSpec:
     """Llama with latent attention, and multipliers of embeddings, halves of blocks and logits."""
     layers, width = c.get("num_hidden_layers"), c.get("hidden_size")
-    scale = c.get("scale_depth", default=layers**0.5) / layers**0.5
+    scale = c.number("scale_depth", layers**0.5) / layers**0.5
     spec = latent(c, interleaved=False, tied=True)
     return replace(
         spec,
         blocks=tuple(replace(block, residual_scale=scale) for block in spec.blocks),
-        embed_scale=c.get("scale_emb", default=1),
-        logit_scale=c.get("dim_model_base", default=width) / width,
+        embed_scale=c.number("scale_emb", 1.0),
+        logit_scale=c.number("dim_model_base", width) / width,
     )

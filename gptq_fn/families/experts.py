@@ -129,7 +129,7 @@ def flint(c: Config) -> ModelSpec:
 
 def olmoe(c: Config) -> ModelSpec:
     """Llama with experts, norms on all queries and all keys at once, and projections that may be clipped."""
-    attn = attention(c, qk_norm=QkNormSpec("flat", rms(c)), clip=c.get("clip_qkv", default=None))
+    attn = attention(c, qk_norm=QkNormSpec("flat", rms(c)), clip=c.number("clip_qkv", None))
     moe = softmax_experts(c, renormalise=c.get("norm_topk_prob", default=False))
     return with_experts(llama(c, attn=attn, norms=NORMS + QK_NORMS), moe, expert_linears())
 
@@ -193,7 +193,7 @@ def gpt_oss(c: Config) -> ModelSpec:
     c.get("experts_per_token", "initial_context_length", "num_experts", "hidden_act", default=None)
     c.only("swiglu_alpha", 1.702)
     kinds = sliding(c, lambda i: i % 2 == 0)
-    mlp = MlpSpec("quick_gelu", "gated", limit=c.get("swiglu_limit", default=7.0), shift=1.0)
+    mlp = MlpSpec("quick_gelu", "gated", limit=c.number("swiglu_limit", 7.0), shift=1.0)
     spec = llama(c, attn=attention(c, c.rope(head_dim(c), theta=150000.0), sinks=True), windows=windows(c, kinds, 128))
     opening, down = ("experts.gate", "experts.up"), ("experts.down",)
     fused = (

@@ -44,8 +44,8 @@ def gemma3(c: Config) -> ModelSpec:
 
 
 def _attention(c: Config, rope: RopeSpec | None = None, **options: Any) -> AttentionSpec:
-    softcap = c.get("attn_logit_softcapping", default=None)
-    return attention(c, rope, scale=c.get("query_pre_attn_scalar", default=256) ** -0.5, softcap=softcap, **options)
+    softcap = c.number("attn_logit_softcapping", None)
+    return attention(c, rope, scale=c.number("query_pre_attn_scalar", 256.0) ** -0.5, softcap=softcap, **options)
 
 
 def _capped(
@@ -56,4 +56,4 @@ def _capped(
     c.get("hidden_act", default=None)
     positions = [local if local and slide else attn.position for slide in kinds]
     spec = llama(c, attn=attn, mlp=mlp, norm=rms(c, 1.0), norms=norms, windows=windows(c, kinds), positions=positions, tied=True)
-    return replace(spec, embed_scale=c.get("hidden_size") ** 0.5, logit_softcap=c.get("final_logit_softcapping", default=None))
+    return replace(spec, embed_scale=c.get("hidden_size") ** 0.5, logit_softcap=c.number("final_logit_softcapping", None))

@@ -93,7 +93,7 @@ def head_dim(c: Config) -> int:
 
 def rms(c: Config, offset: float = 0.0) -> NormSpec:
     """An RMS norm as the config says."""
-    return NormSpec("rms", c.get("rms_norm_eps", default=1e-6), offset)
+    return NormSpec("rms", c.number("rms_norm_eps", 1e-6), offset)
 
 
 def headwise(norm: NormSpec, *, after_rope: bool = False) -> QkNormSpec:
@@ -138,7 +138,7 @@ def arcee(c: Config) -> ModelSpec:
 
 def jais2(c: Config) -> ModelSpec:
     """Llama with layer norms and a plain MLP of squared ReLUs."""
-    norm, mlp = NormSpec("layer", c.get("layer_norm_eps", default=1e-5)), MlpSpec(c.act("hidden_act", "relu2"))
+    norm, mlp = NormSpec("layer", c.number("layer_norm_eps", 1e-5)), MlpSpec(c.act("hidden_act", "relu2"))
     return llama(c, mlp=mlp, norm=norm, linears=tuple(x for x in LINEARS if x.role != "gate"))
 
 
@@ -181,7 +181,7 @@ def nanochat(c: Config) -> ModelSpec:
     slots = tuple((slot, None) for slot, _ in NORMS + QK_NORMS)
     spec = llama(c, attn=attn, mlp=MlpSpec(c.act("hidden_act", "relu2")), norm=norm, linears=linears, norms=slots)
     tensors = (("embed", "model.embed_tokens"), ("embed_norm", None), ("final_norm", None), ("head", "lm_head"))
-    return replace(spec, tensors=tensors, logit_softcap=c.get("final_logit_softcapping", default=None))
+    return replace(spec, tensors=tensors, logit_softcap=c.number("final_logit_softcapping", None))
 
 
 def ernie4_5(c: Config) -> ModelSpec:
@@ -202,12 +202,12 @@ def hunyuan(c: Config) -> ModelSpec:
 
 def granite(c: Config) -> ModelSpec:
     """Llama with four multipliers: of embeddings, attention scores, both halves of a block, and logits."""
-    return multiplied(c, llama(c, attn=attention(c, scale=c.get("attention_multiplier", default=1.0))))
+    return multiplied(c, llama(c, attn=attention(c, scale=c.number("attention_multiplier", 1.0))))
 
 
 def granite_swa(c: Config, *, tied: bool = True) -> ModelSpec:
     """Granite with attention sinks, and a window and a theta for each block; those without a theta have no positions."""
-    attn, kinds = attention(c, scale=c.get("attention_multiplier", default=1.0), sinks=True), sliding(c, lambda i: i % 4 != 0)
+    attn, kinds = attention(c, scale=c.number("attention_multiplier", 1.0), sinks=True), sliding(c, lambda i: i % 4 != 0)
     assert isinstance(attn.position, RopeSpec)
     thetas = c.get("layer_rope_theta", default=[attn.position.theta] * len(kinds))
     positions = [replace(attn.position, theta=float(theta)) if theta else None for theta in thetas]
@@ -221,14 +221,14 @@ def with_sinks(spec: ModelSpec, name: str = "self_attn.sinks") -> ModelSpec:
 
 def hyperclovax(c: Config) -> ModelSpec:
     """Granite with, perhaps, norms behind each half."""
-    scale = c.get("attention_multiplier", default=head_dim(c) ** -0.5)
+    scale = c.number("attention_multiplier", head_dim(c) ** -0.5)
     after = (("attn_out", "post_norm1"), ("mlp_out", "post_norm2")) if c.get("use_post_norm", default=True) else ()
     spec = multiplied(c, llama(c, attn=attention(c, scale=scale), norms=NORMS + after))
-    return replace(spec, logit_scale=c.get("logits_scaling", default=1.0))  # Granite divides
+    return replace(spec, logit_scale=c.number("logits_scaling", 1.0))  # Granite divides
 
 
 def multiplied(c: Config, spec: ModelSpec) -> ModelSpec:
     """The spec with Granite's multipliers of embeddings, halves of blocks and logits."""
-    blocks = tuple(replace(block, residual_scale=c.get("residual_multiplier", default=1.0)) for block in spec.blocks)
-    logits, embeddings = c.get("logits_scaling", default=1.0), c.get("embedding_multiplier", default=1.0)
+    blocks = tuple(replace(block, residual_scale=c.number("residual_multiplier", 1.0)) for block in spec.blocks)
+    logits, embeddings = c.number("logits_scaling", 1.0), c.number("embedding_multiplier", 1.0)
     return replace(spec, blocks=blocks, embed_scale=embeddings, logit_scale=1 / logits)

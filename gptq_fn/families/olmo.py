@@ -9,7 +9,7 @@ from gptq_fn.spec import ModelSpec, NormSpec, QkNormSpec
 
 def olmo(c: Config) -> ModelSpec:
     """Llama with layer norms that have no weights, and projections that may be clipped."""
-    attn = attention(c, clip=c.get("clip_qkv", default=None))
+    attn = attention(c, clip=c.number("clip_qkv", None))
     spec = llama(c, attn=attn, norm=NormSpec("layer", 1e-5), norms=tuple((slot, None) for slot, _ in NORMS))
     return replace(spec, tensors=tuple((role, None if role == "final_norm" else name) for role, name in TENSORS))
 
