@@ -51,7 +51,7 @@ def _dynamic(found: dict[str, Any], original: int | None, context: int | None, p
 def _yarn(found: dict[str, Any], original: int | None, context: int | None, partial: float) -> YarnScaling:
     length = _known(original or context, "original_max_position_embeddings")
     factor = float(found.pop("factor", None) or _known(context, "factor") / length)
-    part, whole = found.pop("mscale", None), found.pop("mscale_all_dim", None)
+    part, whole = (float(found.pop(key, None) or 0) for key in ("mscale", "mscale_all_dim"))
     usual = magnitude(factor, part) / magnitude(factor, whole) if part and whole else magnitude(factor, 1.0)
     return YarnScaling(
         factor=factor,

@@ -24,7 +24,7 @@ def latent(c: Config, *, interleaved: bool = True, tied: bool = False) -> ModelS
     heads, width = c.get("num_attention_heads"), c.get("v_head_dim", default=None)
     c.get("head_dim", "qk_head_dim", "num_key_value_heads", default=None)
     found = {**c.get("rope_scaling", default={}), **c.get("rope_parameters", default={})}
-    whole = found.get("mscale_all_dim") or 0.0
+    whole = float(found.get("mscale_all_dim") or 0)
     attn = LatentAttentionSpec(
         heads,
         plain,
@@ -32,7 +32,7 @@ def latent(c: Config, *, interleaved: bool = True, tied: bool = False) -> ModelS
         c.get("kv_lora_rank"),
         rank,
         c.rope(rotary, interleaved=c.get("rope_interleave", default=interleaved)),
-        scale=(plain + rotary) ** -0.5 * (magnitude(found["factor"], whole) ** 2 if whole else 1),
+        scale=(plain + rotary) ** -0.5 * (magnitude(float(found["factor"]), whole) ** 2 if whole else 1),
         norm=NormSpec("rms", 1e-6),  # whatever rms_norm_eps says
     )
     linears = (LATENT_QUERY if rank else QUERY) + LATENT + MLP

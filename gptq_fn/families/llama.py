@@ -167,7 +167,8 @@ def phi3(c: Config) -> ModelSpec:
 def exaone4(c: Config) -> ModelSpec:
     """Llama with norms behind each half and on queries and keys; where some blocks have windows, only those have positions."""
     window, pattern = c.get("sliding_window", default=None), c.get("sliding_window_pattern", default=4)
-    slides = sliding(c, lambda i: window is not None and (i + 1) % int(pattern) != 0)
+    pattern = "L" * (int(pattern) - 1) + "G" if str(pattern).isdigit() else pattern  # local and global
+    slides = sliding(c, lambda i: window is not None and pattern[i % len(pattern)] == "L")
     attn = attention(c, qk_norm=headwise(rms(c)))
     positions = [attn.position if slide or window is None else None for slide in slides]
     return llama(c, attn=attn, norms=POST_NORMS + QK_NORMS, windows=windows(c, slides), positions=positions)
