@@ -53,15 +53,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
 
 
 def perturbed(case: str) -> transformers.PreTrainedModel:
-    """A model of which no parameter is 0 or 1: initial values hide biases and norms."""
+    """A model of which no tensor is 0 or 1: initial values hide biases and norms."""
     kind, options = CASES[case]
     config = transformers.AutoConfig.for_model(published(kind).kind, **options)
     torch.manual_seed(0)
     attention = options.get("attn_implementation", "eager")
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.08 * torch.randn_like(parameter))
+        for tensor in model.state_dict().values():  # saved buffers, too: DeepSeek's routing has one
+            tensor.add_(0.08 * torch.randn_like(tensor))
     return model
 
 
