@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint wheel clean
+.PHONY: demo test test-gpu table lint wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
@@ -18,6 +18,9 @@ test: $(VENV)/.installed
 
 test-gpu:
 	python3 -m pytest -m gpu
+
+table: $(VENV)/.installed
+	$(BIN)/python tests/architectures.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -177,8 +177,7 @@ def _quantize_tap(
 
 
 def _dequantized(q: QuantizedLinear) -> dict[str, Array]:
-    weight = dequantize(q) if q.codes.ndim == 2 else jax.vmap(dequantize)(q)
-    return {"weight": weight} if q.bias is None else {"weight": weight, "bias": q.bias}
+    return {"weight": dequantize(q)} if q.bias is None else {"weight": dequantize(q), "bias": q.bias}
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -11,7 +11,10 @@ from jaxtyping import Array, Float, Int, UInt8
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "zero", "group_of", "bias"], meta_fields=["bits"])
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A weight [out, in] with `weight[o, i] = scale[o, g] * (codes[o, i] - zero[o, g])`, `g = group_of[i]`."""
+    """A weight [out, in] with `weight[o, i] = scale[o, g] * (codes[o, i] - zero[o, g])`, `g = group_of[i]`.
+
+    Experts of a block are one QuantizedLinear whose arrays have a leading axis of experts.
+    """
 
     codes: UInt8[Array, "out in"]
     scale: Float[Array, "out groups"]
@@ -43,7 +46,9 @@ class QuantizedLinear:
         return tuple(found)
 
 
-def dequantize(q: QuantizedLinear) -> Float[Array, "out in"]:
-    """The weight that `q` stands for, in float32."""
+def dequantize(q: QuantizedLinear) -> Float[Array, "*experts out in"]:
+    """The weight that `q` stands for, in float32; those of all experts where its arrays have a leading axis of experts."""
+    if q.codes.ndim > 2:
+        return jax.vmap(dequantize)(q)
     levels = q.codes.astype(jnp.float32) - q.zero.astype(jnp.float32)[:, q.group_of]
     return q.scale.astype(jnp.float32)[:, q.group_of] * levels

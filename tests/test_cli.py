@@ -1,9 +1,11 @@
 """The command as a user types it: results, sentences and exit statuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 from gptq_fn_interop.cli import main, parse_rule
 from safetensors import safe_open
 from tiny import save_tiny_llama
@@ -81,6 +83,24 @@ def test_failures_are_sentences(source: Path, quantized: Path, tmp_path: Path, c
     assert "float checkpoint" in failure(capsys, "inspect", str(source))
     assert not Path(new).exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_no_row_is_traced(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in source.iterdir():
+        if path.name.startswith(("tokenizer", "special_tokens")):
+            shutil.copy(path, tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Lfm2Config(vocab_size=320, layer_types=["conv", "full_attention"], bos_token_id=0, eos_token_id=0, **sizes)
+    transformers.Lfm2ForCausalLM(config).save_pretrained(tmp_path)
+    main(["quantize", str(tmp_path), str(tmp_path / "q"), "--group-size", "32", *SMALL])
+    said = capsys.readouterr().out
+    assert "No row of the table describes lfm2 models" in said
+    assert "linears at" in said
+    main(["eval", str(tmp_path / "q"), "--reference", str(tmp_path), *SMALL])
+    assert "top-1 agreement" in capsys.readouterr().out
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "model_type": "bespoke", "auto_map": {"AutoModelForCausalLM": "x.Y"}}))
+    assert "Code that comes with a checkpoint is never run" in failure(capsys, "quantize", str(tmp_path), str(tmp_path / "r"), *SMALL)
 
 
 def test_rules_change_the_base() -> None:

@@ -156,9 +156,10 @@ def spec_from_config(config: Mapping[str, Any], *, ignore: Iterable[str] = ()) -
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
+        own = " Its config asks for code of its own (auto_map), which is never run." if config.get("auto_map") else ""
         raise ValueError(
-            f"model_type {kind!r} is not in the table of architectures ({', '.join(sorted(FAMILIES))}). "
-            "Any dense decoder can be described by hand: see examples/own_model.py."
+            f"model_type {kind!r} is not in the table of architectures ({', '.join(sorted(FAMILIES))}).{own} "
+            "Describe it by hand, or trace its torch model: see docs/own_architecture.md."
         )
     reader = Config(config)
     spec = FAMILIES[kind](reader)

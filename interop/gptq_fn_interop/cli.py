@@ -5,16 +5,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from tyro.conf import Positional, Suppress, arg
 
-from gptq_fn import QuantConfig, Rule
+from gptq_fn import FAMILIES, QuantConfig, Report, Rule
 
 out = Console()
 problems = Console(stderr=True)
@@ -39,6 +41,8 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint and write it in the GPTQ format.
 
+    A model type that no row of the table describes is quantized through transformers' own forward, with all of it in memory.
+
     Args:
         source: A directory with safetensors, or the name of a model on the Hugging Face hub.
         destination: Where to write; it must not exist, and appears when it is complete.
@@ -52,22 +56,77 @@ def quantize(
     from gptq_fn_interop.calib import tokens
     from gptq_fn_interop.hub import local
     from gptq_fn_interop.shards import require_vacant
-    from gptq_fn_interop.stream import open_source, quantize_checkpoint
 
     began = time.perf_counter()
     base = QuantConfig(**{f.name: getattr(options, f.name) for f in fields(QuantConfig)})
     config = replace(base, rules=tuple(parse_rule(text, base) for text in rule))
     require_vacant(destination)
     directory = local(source)
-    open_source(directory, config)  # what headers can tell comes before any work
+    run = _described(directory, config) or _traced(directory)
     calib = tokens(data, directory, samples=samples, length=length, seed=seed)
     with progress("Quantizing blocks") as advance:
-        report = quantize_checkpoint(directory, destination, calib, config, progress=lambda done, total, _: advance(done, total))
+        report = run(calib, config, destination, progress=lambda done, total, _: advance(done, total))
     out.print(report.table(report.worst(5)), highlight=False)
     out.print(
         f"{destination}: {len(report.linears)} linears at {report.bits_per_weight:.2f} bits a weight "
         f"in {time.perf_counter() - began:.0f} s; the worst are above, all in report.json."
     )
+    if report.rounded:
+        out.print(f"{len(report.rounded)} of them saw fewer than {config.min_rows} calibration tokens and were rounded to nearest.")
+
+
+def _described(directory: Path, config: QuantConfig) -> Callable[..., Report] | None:
+    """What quantizes a checkpoint that a row of the table describes, after a look at what headers can tell; None for others."""
+    from gptq_fn_interop.checkpoint import Checkpoint
+    from gptq_fn_interop.stream import open_source, quantize_checkpoint
+
+    if Checkpoint(directory).config.get("model_type") not in FAMILIES:
+        return None
+    open_source(directory, config)
+    return lambda calib, config, destination, progress: quantize_checkpoint(directory, destination, calib, config, progress=progress)
+
+
+def _traced(directory: Path) -> Callable[..., Report]:
+    """What quantizes any model that transformers can run."""
+    from gptq_fn_interop.traced import quantize_traced
+
+    return partial(quantize_traced, _torch_model(directory))
+
+
+def _torch_model(directory: Path) -> Any:
+    """The model as transformers has it. Raises ValueError where it does not; code that comes with a checkpoint is never run."""
+    import transformers
+
+    import gptq_fn.interop  # noqa: F401 - transformers then loads quantized checkpoints
+
+    kind = transformers.PreTrainedConfig.get_config_dict(directory)[0].get("model_type")
+    if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"No row of the table describes model_type {kind!r}, and transformers has no such causal language model. Code that comes "
+            "with a checkpoint is never run; describe the model by hand: see docs/own_architecture.md."
+        )
+    out.print(f"No row of the table describes {kind} models: running transformers' own forward.", highlight=False)
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False).eval()
+
+
+def _predictor(directory: Path) -> Any:
+    """What predicts as the model in this directory does."""
+    from gptq_fn_interop.checkpoint import Checkpoint
+    from gptq_fn_interop.stream import load_gptq
+
+    if Checkpoint(directory).config.get("model_type") in FAMILIES:
+        return load_gptq(directory)
+    import torch
+
+    from gptq_fn_interop.tensors import to_jax
+
+    model = _torch_model(directory)
+
+    @torch.no_grad()
+    def predict(tokens: Any) -> Any:
+        return to_jax(model(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.float())
+
+    return predict
 
 
 def parse_rule(text: str, base: QuantConfig) -> Rule:
@@ -119,13 +178,12 @@ def evaluate(
     from gptq_fn_interop import evaluation
     from gptq_fn_interop.calib import tokens
     from gptq_fn_interop.hub import local
-    from gptq_fn_interop.stream import load_gptq
 
     directory = local(model)
-    other = None if reference is None else load_gptq(local(reference))
+    other = None if reference is None else _predictor(local(reference))
     text = tokens(data, directory, samples=samples, length=length, split="evaluation", seed=None)
     with progress("Evaluating samples") as advance:
-        found = evaluation.evaluate(load_gptq(directory), text, other, progress=advance)
+        found = evaluation.evaluate(_predictor(directory), text, other, progress=advance)
     table = Table("measure", "value", title=f"{model} on {found.tokens} tokens of {data}")
     table.add_row("perplexity", f"{found.perplexity:.3f}")
     table.add_row("negative log likelihood, nats a token", f"{found.nll:.4f}")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ from gptq_fn import ModelSpec, QuantizedLinear, dequantize, forward
 
 Model = tuple[Mapping[str, Any], ModelSpec]
 """(params, spec), as `load_gptq` returns them."""
+
+Predict = Callable[[Int[Array, "1 time"]], Float[Array, "1 time vocab"]]
+"""Logits from token ids."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model,
+    model: Model | Predict,
     tokens: Int[np.ndarray, "samples time"],
-    reference: Model | None = None,
+    reference: Model | Predict | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -44,13 +48,12 @@ def evaluate(
 
     Quantized weights are dequantized once, to float32. `progress` is called with the samples done and their number.
     """
-    params, spec = dense(model[0]), model[1]
-    compared = None if reference is None else dense(reference[0])
+    predict, compare = predictor(model), None if reference is None else predictor(reference)
     rows = []
     for i, sample in enumerate(tokens):
         x = jnp.asarray(sample, jnp.int32)[None]
-        logits = forward(spec, params, x)
-        other = logits if reference is None or compared is None else forward(reference[1], compared, x)
+        logits = predict(x)
+        other = logits if compare is None else compare(x)
         rows.append(np.asarray(_measure(logits, other, x), np.float64))
         if progress:
             progress(i + 1, len(tokens))
@@ -60,6 +63,11 @@ def evaluate(
         return Evaluation(count, float(nll.mean()))
     spread = float(kl.std(ddof=1) / math.sqrt(len(kl))) if len(kl) > 1 else math.nan
     return Evaluation(count, float(nll.mean()), float(kl.mean()), spread, float(same.mean()))
+
+
+def predictor(model: Model | Predict) -> Predict:
+    """The function that predicts as this model does."""
+    return partial(forward, model[1], dense(model[0])) if isinstance(model, tuple) else model
 
 
 def dense(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -162,8 +162,15 @@ def _unstorable(spec: ModelSpec, shapes: Shapes, config: QuantConfig) -> Iterato
     for name, (layout, usual) in {**stored, **({head: ("out_in", False)} if head else {})}.items():
         chosen = config.resolve(name, usual=usual)
         shape = shapes.get(spec.embedding if name == head and spec.tied else f"{name}.weight", ())
-        if chosen is not None and len(shape) == 2 and (reason := unpackable(shape if layout == "out_in" else shape[::-1], chosen.bits)):
-            yield f"{name}: {reason}"
+        if chosen is not None and len(shape) == 2:
+            out, inputs = shape if layout == "out_in" else shape[::-1]
+            if reason := unpackable((out, inputs), chosen.bits):
+                yield f"{name}: {reason}"
+    for i, block in enumerate(spec.blocks):
+        experts = [next(spec.names_of(i, linear)) for linear in block.linears if linear.role.startswith("experts.")]
+        left = [name for name in experts if config.resolve(name) is None]
+        if left and len(left) < len(experts):
+            yield f"{left[0]}: a rule leaves it out, but readers take the experts of a block only as a whole; leave out all or none."
 
 
 def check_tokens(calib: np.ndarray, vocabulary: int) -> None:

@@ -98,9 +98,9 @@ def _autogptq(model: nn.Module, definition: Any) -> tuple[str, Sequence[Sequence
         raise ValueError("The definition has no layers_block_name, which says where the blocks are.")
     names = dict(model.named_modules())
     # like AutoGPTQ's OPT, a definition may name modules that only some sizes of a model have
-    if blocks not in names or (outside and not any(name in names for name in outside)):
-        absent = blocks if blocks not in names else ", ".join(outside)
-        raise ValueError(f"The definition names {absent}, but {type(model).__name__} has no such module; it describes another model.")
+    needed = [[blocks], *([list(outside)] if outside else [])]
+    if absent := [" and ".join(wanted) for wanted in needed if not any(name in names for name in wanted)]:
+        raise ValueError(f"The definition names {absent[0]}, but {type(model).__name__} has no such module; it describes another model.")
     classes = sorted({type(block).__name__ for block in names[blocks].children()})
     if kind and not {kind} & set(classes) and not set(kind) & set(classes):  # one name, or several
         raise ValueError(f"The definition says that blocks are {kind}, but those of {blocks} are {' and '.join(classes)}.")
