@@ -1,20 +1,21 @@
 """Quantizing the experts of a block: one program over all of them, each with the Hessian of the tokens routed to it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from gptq_fn._config import QuantConfig
 from gptq_fn._hessian import Hessian, add_rows, empty
-from gptq_fn._linears import Losses, alike, energies, report_of, require_finite, require_solvable, require_storable
+from gptq_fn._linears import Solved, alike, report_of, require_sound, solve_together
 from gptq_fn._quantized import QuantizedLinear
 from gptq_fn._report import LinearReport
-from gptq_fn._solve import Factor, factor, round_to_nearest, solve
+from gptq_fn._solve import Factor
 from gptq_fn.model.block import BlockParams, State
 from gptq_fn.model.ffn import expand
 from gptq_fn.model.moe import Route, expert_params
@@ -76,45 +77,26 @@ def _solve_chunk(
     """Each role quantized for the experts from `first` on; roles of one input are solved together, as rows of one matrix."""
     began = time.perf_counter()
     mine = {role: jax.tree.map(lambda a: a[first : first + chunk], p[role]) for role in roles}
-    for role in roles:
-        _each(require_finite, names[role], first, mine[role]["weight"])
-    w = jnp.concatenate([mine[role]["weight"].astype(jnp.float32) for role in roles], axis=1)
-    q, f, losses = _solve(w, h, config)
-    _each(require_solvable, names[roles[0]], first, f.damp)
-    _each(require_storable, names[roles[0]], first, q.scale)
-    rows = [int(n) for n in h.rows]
-    seconds, start = time.perf_counter() - began, 0
-    for role in roles:
+    f, solved = _solve([mine[role]["weight"] for role in roles], h, config)
+    f, told = jax.device_get((f._replace(upper=None), [(one.losses, one.sound) for one in solved]))
+    rows, seconds = np.asarray(h.rows), time.perf_counter() - began
+    whole = sum(mine[role]["weight"].shape[1] for role in roles)
+    for role, one, (losses, sound) in zip(roles, solved, told, strict=True):
         out, inputs = mine[role]["weight"].shape[1:]
-        cut = slice(start, start + out)
-        start = cut.stop
-        linear = QuantizedLinear(q.codes[:, cut], q.scale[:, cut], q.zero[:, cut], q.group_of, q.bits, mine[role].get("bias"))
-        reports = [
-            report_of(
-                names[role].format(n=first + n),
-                config,
-                (out, inputs),
-                Losses(*(a[n, cut] for a in losses)),
-                Factor(*(a[n] for a in f)),
-                rows[n],
-                seconds * out / (w.shape[1] * chunk),
-            )
-            for n in range(chunk)
-        ]
-        yield role, linear, reports
+        reports = []
+        for n in range(chunk):
+            name, of = names[role].format(n=first + n), partial(_expert, n)
+            require_sound(name, of(sound))
+            share = seconds * out / (whole * chunk)
+            reports.append(report_of(name, config, (out, inputs), of(losses), of(f), int(rows[n]), share))
+        yield role, one.q.with_bias(mine[role].get("bias")), reports
 
 
-def _each(require: Callable[[str, Array], None], name: str, first: int, values: Array) -> None:
-    """Require something of every expert's value; names are looked at only where one of them is not finite."""
-    if not bool(jnp.isfinite(values).all()):
-        for n, value in enumerate(values):
-            require(name.format(n=first + n), value)
+def _expert(n: int, stacked: Any) -> Any:
+    return jax.tree.map(lambda a: a[n], stacked)
 
 
 @partial(jax.jit, static_argnames="config")
 @partial(jax.vmap, in_axes=(0, 0, None))
-def _solve(w: Array, h: Hessian, config: QuantConfig) -> tuple[QuantizedLinear, Factor, Losses]:
-    f, rounded = factor(h, config), round_to_nearest(w, config)
-    solved, _ = solve(w, f, config)
-    q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, solved)
-    return q, f._replace(upper=jnp.zeros(())), energies(w, q, rounded, h)
+def _solve(weights: Sequence[Array], h: Hessian, config: QuantConfig) -> tuple[Factor, list[Solved]]:
+    return solve_together(weights, h, config)

@@ -2,13 +2,14 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from gptq_fn._config import QuantConfig
 from gptq_fn._hessian import Hessian
@@ -23,34 +24,27 @@ def quantize_linears(
     """Each of these linears quantized, with its report; `h` is the Hessian of the input that they share.
 
     `linears` maps names to {"weight": [out, in], "bias": [out]}, the bias optional, and `plan` the same names to
-    configurations. Linears of one configuration are solved together, as rows of one matrix. Raises ValueError naming
-    the linear for weights that are not finite or too large, that have another width than `h`, and for a Hessian that
-    cannot be factorized.
+    configurations. Linears of one configuration are solved together, as rows of one matrix; those that fewer tokens than
+    its min_rows reached are rounded to nearest. Raises ValueError naming the linear for weights that are not finite or
+    too large, that have another width than `h`, and for a Hessian that cannot be factorized.
     """
     rows = int(h.rows)
     for config, together in alike(plan).items():
         began = time.perf_counter()
-        for name in together:
-            require_finite(name, linears[name]["weight"])
-        w = jnp.concatenate([linears[name]["weight"].astype(jnp.float32) for name in together])
-        if w.shape[1] != len(h.xx):
+        weights = [linears[name]["weight"] for name in together]
+        if weights[0].shape[1] != len(h.xx):
             raise ValueError(
-                f"{together[0]}: its weight has {w.shape[1]} inputs but {len(h.xx)} features enter it. "
+                f"{together[0]}: its weight has {weights[0].shape[1]} inputs but {len(h.xx)} features enter it. "
                 "Weights are [out, in]; a Conv1D checkpoint needs stored='in_out' in its LinearSpec."
             )
-        f = factor(h, config)
-        require_solvable(together[0], f.damp)
-        rounded = round_to_nearest(w, config)
-        q = rounded if rows < config.min_rows else solve(w, f, config)[0]
-        losses = energies(w, q, rounded, h)
-        require_storable(together[0], q.scale)
-        seconds, start = time.perf_counter() - began, 0
-        for name in together:
-            mine = slice(start, start + linears[name]["weight"].shape[0])
-            start = mine.stop
-            linear = QuantizedLinear(q.codes[mine], q.scale[mine], q.zero[mine], q.group_of, q.bits, linears[name].get("bias"))
-            lost = Losses(*(a[mine] for a in losses))
-            yield name, linear, report_of(name, config, linear.shape, lost, f, rows, seconds * linear.shape[0] / len(w))
+        f, solved = solve_together(weights, h, config)
+        for name, one in zip(together, solved, strict=True):
+            require_sound(name, one.sound)
+        seconds, whole = time.perf_counter() - began, sum(len(w) for w in weights)
+        for name, one in zip(together, solved, strict=True):
+            linear = one.q.with_bias(linears[name].get("bias"))
+            share = seconds * linear.shape[0] / whole
+            yield name, linear, report_of(name, config, linear.shape, one.losses, f, rows, share)
 
 
 def alike(plan: Mapping[str, QuantConfig]) -> dict[QuantConfig, list[str]]:
@@ -61,58 +55,79 @@ def alike(plan: Mapping[str, QuantConfig]) -> dict[QuantConfig, list[str]]:
     return found
 
 
-def report_of(
-    name: str, config: QuantConfig, shape: tuple[int, int], losses: "Losses", f: Factor, rows: int, seconds: float
-) -> LinearReport:
-    """The report of a linear that was quantized with this factor; `losses` are those of its rows."""
-    lost, rounding, whole = (float(np.asarray(a, np.float64).sum()) for a in losses)
+class Losses(NamedTuple):
+    """Squared norms over the calibration inputs: of a linear's error, of the error of rounding, and of its output."""
+
+    lost: Float[Array, ""]
+    rounding: Float[Array, ""]
+    whole: Float[Array, ""]
+
+
+class Sound(NamedTuple):
+    """What has to be finite: a linear's weight, the damping of its Hessian, and its scales."""
+
+    weight: Bool[Array, ""]
+    damp: Bool[Array, ""]
+    scale: Bool[Array, ""]
+
+
+class Solved(NamedTuple):
+    """A linear without its bias, quantized, and what is to be told of it."""
+
+    q: QuantizedLinear
+    losses: Losses
+    sound: Sound
+
+
+def solve_together(weights: Sequence[Array], h: Hessian, config: QuantConfig) -> tuple[Factor, list[Solved]]:
+    """The factor of `h`, and each weight [out, in] that reads its input quantized, as rows of one matrix."""
+    f = factor(h, config)
+    return f, _solve(tuple(weights), f, h, config)
+
+
+@partial(jax.jit, static_argnames="config")
+def _solve(weights: tuple[Array, ...], f: Factor, h: Hessian, config: QuantConfig) -> list[Solved]:
+    w = jnp.concatenate([weight.astype(jnp.float32) for weight in weights])
+    rounded = round_to_nearest(w, config)
+    q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, solve(w, f, config)[0])
+    errors = jnp.stack([w - dequantize(q), w - dequantize(rounded), w])
+    energies = (jnp.matmul(errors, h.xx, precision=jax.lax.Precision.HIGHEST) * errors).sum(-1)
+    found, start = [], 0
+    for weight in weights:
+        rows = slice(start, start + len(weight))
+        start = rows.stop
+        mine = QuantizedLinear(q.codes[rows], q.scale[rows], q.zero[rows], q.group_of, q.bits)
+        sound = Sound(jnp.isfinite(weight).all(), jnp.isfinite(f.damp), jnp.isfinite(mine.scale).all())
+        found.append(Solved(mine, Losses(*(a[rows].sum() for a in energies)), sound))
+    return found
+
+
+def require_sound(name: str, sound: Sound) -> None:
+    """Raise ValueError where a linear could not be quantized."""
+    if not bool(sound.weight):
+        raise ValueError(f"{name}: its weight holds infinite or NaN values; the checkpoint is damaged.")
+    if not bool(sound.damp):
+        raise ValueError(f"{name}: its Hessian cannot be factorized at any damping; its inputs may overflow float32.")
+    if not bool(sound.scale):
+        raise ValueError(f"{name}: a scale overflows float16, the type that checkpoints store; its weights are too large.")
+
+
+def report_of(name: str, config: QuantConfig, shape: tuple[int, int], losses: Losses, f: Factor, rows: int, seconds: float) -> LinearReport:
+    """The report of a linear that was quantized with this factor."""
+    lost, rounding, whole = (float(a) for a in losses)
     return LinearReport(
         name=name,
         bits=config.bits,
         group_size=config.group_size,
         shape=shape,
         rows=rows,
-        dead=int(f.dead.sum()),
+        dead=int(np.count_nonzero(f.dead)),
         error=_relative(lost, whole),
         rtn_error=_relative(rounding, whole),
         damp=float(f.damp),
         seconds=seconds,
         rounded=rows < config.min_rows,
     )
-
-
-def require_solvable(name: str, damp: Float[Array, ""]) -> None:
-    """Raise ValueError where no damping helped."""
-    if not bool(jnp.isfinite(damp)):
-        raise ValueError(f"{name}: its Hessian cannot be factorized at any damping; its inputs may overflow float32.")
-
-
-def require_storable(name: str, scale: Float[Array, "out groups"]) -> None:
-    """Raise ValueError where a scale overflowed."""
-    if not bool(jnp.isfinite(scale).all()):
-        raise ValueError(f"{name}: a scale overflows float16, the type that checkpoints store; its weights are too large.")
-
-
-def require_finite(name: str, weight: Float[Array, "out in"]) -> None:
-    """Raise ValueError where a weight is not finite."""
-    if not bool(jnp.isfinite(weight).all()):
-        raise ValueError(f"{name}: its weight holds infinite or NaN values; the checkpoint is damaged.")
-
-
-class Losses(NamedTuple):
-    """Of each row, the squared norm over the calibration inputs of its error, of rounding's error, and of its output."""
-
-    lost: Float[Array, " out"]
-    rounding: Float[Array, " out"]
-    whole: Float[Array, " out"]
-
-
-@jax.jit
-def energies(w: Float[Array, "out in"], q: QuantizedLinear, rounded: QuantizedLinear, h: Hessian) -> Losses:
-    """The losses of a weight that became `q`, where rounding to nearest would have made it `rounded`."""
-    rows = jnp.stack([w - dequantize(q), w - dequantize(rounded), w])
-    found = (jnp.matmul(rows, h.xx, precision=jax.lax.Precision.HIGHEST) * rows).sum(-1)
-    return Losses(found[0], found[1], found[2])
 
 
 def _relative(lost: float, whole: float) -> float:

@@ -177,7 +177,11 @@ def _quantize_tap(
 
 
 def _dequantized(q: QuantizedLinear) -> dict[str, Array]:
-    return {"weight": dequantize(q)} if q.bias is None else {"weight": dequantize(q), "bias": q.bias}
+    weight = _dequantize(q.with_bias(None))
+    return {"weight": weight} if q.bias is None else {"weight": weight, "bias": q.bias}
+
+
+_dequantize = jax.jit(dequantize)
 
 
 @partial(jax.jit, static_argnames="spec")

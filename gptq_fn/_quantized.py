@@ -29,6 +29,10 @@ class QuantizedLinear:
         out, inputs = self.codes.shape
         return out, inputs
 
+    def with_bias(self, bias: Float[Array, " out"] | None) -> "QuantizedLinear":
+        """The same linear with this bias."""
+        return QuantizedLinear(self.codes, self.scale, self.zero, self.group_of, self.bits, bias)
+
     def problems(self) -> tuple[str, ...]:
         """What is wrong with these arrays, in sentences; empty for a valid linear. Reads values: not for use under jit."""
         found = []

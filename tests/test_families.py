@@ -62,6 +62,9 @@ def perturbed(case: str) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for tensor in model.state_dict().values():  # saved buffers, too: DeepSeek's routing has one
             tensor.add_(0.08 * torch.randn_like(tensor))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # as transformers makes it at each load
     return model
 
 

@@ -22,7 +22,7 @@ from gptq_fn import FAMILIES, QuantConfig, QuantizedLinear, forward, generate
 
 gptq_fn_interop.quantizer.register()
 CONFIG = QuantConfig(4, 16, grid="minmax", order="natural", min_rows=4)
-VARIANTS = ("falcon-40b", "falcon-rw", "opt-350m", "gpt_bigcode-mha-untied", "gemma2-window")
+VARIANTS = ("falcon-40b", "falcon-rw", "opt-350m")
 FIRST = {kind: case for case, (kind, _) in reversed(CASES.items())}
 CALIB = np.random.default_rng(3).integers(2, 97, (8, 16)).astype(np.int32)
 PROMPT = np.random.default_rng(4).integers(2, 97, (2, 9)).astype(np.int32)
@@ -55,7 +55,7 @@ def test_round_trip(case: str, built: Callable, tmp_path: Path, record_property:
     ).eval()
     assert sum(isinstance(m, gptq_fn_interop.quantizer.QuantLinear) for m in model.modules()) == len(report.linears)
     with torch.no_grad():
-        theirs = model(torch.from_numpy(np.asarray(tokens)).long()).logits.numpy()
+        theirs = model(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.numpy()
     assert np.abs(theirs - logits).max() < 1e-4 * np.abs(logits).max()
     record_property("transformers", True)
 
