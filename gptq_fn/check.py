@@ -61,7 +61,7 @@ def _tensors(spec: ModelSpec, shapes: Shapes) -> Iterator[str]:
 
 def _roles(spec: ModelSpec) -> Iterator[str]:
     for i, block in _distinct(spec):
-        needed = {role: tap for role, (tap, _, _) in _needed(block, 0, 0, 0).items()}
+        needed = {role: tap for role, (tap, _, _) in roles_of(block, 0, 0, 0).items()}
         found = Counter(linear.role for linear in block.linears)
         yield from (f"Block {i} has {n} linears with the role {role!r}." for role, n in found.items() if n > 1)
         yield from (f"Block {i} has no linear with the role {role!r}, which its spec needs." for role in sorted(needed.keys() - found))
@@ -83,7 +83,7 @@ Role = tuple[Tap, int, int]
 """The tap that a role reads, its outputs and its inputs."""
 
 
-def _needed(block: BlockSpec, width: int, hidden: int, shared: int) -> dict[str, Role]:
+def roles_of(block: BlockSpec, width: int, hidden: int, shared: int) -> dict[str, Role]:
     """The roles that the interpreter will ask for, where the residual stream and the MLPs inside are this wide."""
     ffn = block.ffn
     projections: dict[str, Role] = {role: (tap, out or width, inputs or width) for role, (tap, out, inputs) in block.attn.roles.items()}
@@ -125,7 +125,7 @@ def _widths(spec: ModelSpec, shapes: Shapes) -> Iterator[str]:
             shared = _hidden(spec, i, "shared.", block.ffn.shared, shapes) if block.ffn.shared else 0
         else:
             hidden, shared = _hidden(spec, i, "", block.ffn, shapes), 0
-        needed = _needed(block, width, hidden, shared)
+        needed = roles_of(block, width, hidden, shared)
         for linear in block.linears:
             shape = needed[linear.role][1:]
             for name in spec.names_of(i, linear):

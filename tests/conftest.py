@@ -1,14 +1,9 @@
 """Strict JAX, shapes checked by beartype, and skipping of what the machine cannot run."""
 
 import os
-from pathlib import Path
 
 # Test programs are small and many: LLVM's optimizations would cost more time than they save. Set before JAX starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-# What one test process compiled, the others need not.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import importlib.util
 import pkgutil

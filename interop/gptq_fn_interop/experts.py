@@ -37,12 +37,14 @@ class Experts(nn.Module):
         wanted = {"gate", "up", "down"} if fused.has_gate else {"up", "down"}
         for n in range(fused.num_experts):
             found = {ROLES[name]: linear for name, linear in linears.get(n, {}).items()}
-            if found.keys() != wanted or fused.has_post_expert_norm:
+            if found.keys() != wanted:
                 raise ValueError(
                     f"Expert {n} has quantized linears for {', '.join(sorted(found)) or 'nothing'}, but {type(fused).__name__} "
                     f"needs {', '.join(sorted(wanted))}; experts can be quantized only as a whole."
                 )
             self.add_module(str(n), nn.ModuleDict(dict(linears[n])))
+        if list(fused.children()) not in ([], [fused._modules.get("act_fn")]):
+            raise ValueError(f"{type(fused).__name__} does more than its linears and their activation; it cannot be quantized.")
         for name in list(fused._parameters):
             fused.register_parameter(name, None)
         self.__dict__["fused"] = fused  # not a submodule: it has nothing left to load or to save

@@ -19,7 +19,7 @@ from gptq_fn_kernels.words import words_of
 from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -230,7 +230,7 @@ def _place_of(model: Any, modules: Mapping[str, nn.Module], stored_as: str) -> _
     ValueError for a linear that the model does not have, and for modules that are none.
     """
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    renamed = apply_renamings(f"{stored_as}.weight", renamings).removesuffix(".weight")
+    renamed = rename_source_key(f"{stored_as}.weight", renamings, [])[0].removesuffix(".weight")
     prefix = f"{model.base_model_prefix}."
     for name in (stored_as, renamed, prefix + renamed, renamed.removeprefix(prefix)):
         if name in modules:
