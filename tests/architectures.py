@@ -1,4 +1,7 @@
-"""Writes README's table of model types from what the round trips of tests/test_round_trip.py really did: `make table`."""
+"""Writes README's table of model types from what the round trips of tests/test_round_trip.py really did: `make table`.
+
+`python tests/architectures.py -k llama` writes the rows of some.
+"""
 
 import sys
 from collections import defaultdict
@@ -24,22 +27,24 @@ class Recorder:
             self.done[str(steps.pop("kind"))].append(set(map(str, steps)) if report.passed else set())
 
 
-def table(done: dict[str, list[set[str]]]) -> str:
-    """The rows, by model type; a step counts where every variant of the type made it."""
-    lines = ["| model type | " + " | ".join(STEPS.values()) + " |", "|---" * (len(STEPS) + 1) + "|"]
-    for kind in sorted(done, key=str.lower):
-        lines.append(f"| {kind} | " + " | ".join("yes" if all(step in made for made in done[kind]) else "" for step in STEPS) + " |")
-    return "\n".join(lines)
+def row(kind: str, made: list[set[str]]) -> str:
+    """The row of a model type; a step counts where every variant of the type made it."""
+    return f"| {kind} | " + " | ".join("yes" if all(step in one for one in made) else "" for step in STEPS) + " |"
 
 
-def main() -> int:
+def main(options: list[str]) -> int:
+    """Run the round trips, those that pytest's `options` choose, and write their rows; the others stay as they are."""
     recorder = Recorder()
-    status = pytest.main(["-n", "auto", str(Path(__file__).with_name("test_round_trip.py"))], plugins=[recorder])
-    text = README.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{table(recorder.done)}\n{END}{after}")
+    status = pytest.main(["-n", "auto", str(Path(__file__).with_name("test_round_trip.py")), *options], plugins=[recorder])
+    before, rest = README.read_text().split(BEGIN)
+    old, after = rest.split(END)
+    rows = {line.split("|")[1].strip(): line for line in old.splitlines()[3:]}
+    rows |= {kind: row(kind, made) for kind, made in recorder.done.items()}
+    head = ["| model type | " + " | ".join(STEPS.values()) + " |", "|---" * (len(STEPS) + 1) + "|"]
+    lines = "\n".join([BEGIN, *head, *(rows[kind] for kind in sorted(rows, key=str.lower)), END])
+    README.write_text(f"{before}{lines}{after}")
     return int(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
