@@ -1,4 +1,4 @@
-"""transformers models to and from (params, spec), without a directory between them."""
+"""transformers models to and from (params, spec), held in memory on both sides."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -62,10 +62,9 @@ def quantize_traced(
     With a `destination`, a checkpoint in the GPTQ format appears there, complete or not at all, and the model is left as
     it was. Without one, the linears of the model become QuantLinears, in place and after all of them are computed.
 
-    `calib` holds token ids [samples, time] without padding; `traced` is by default the `trace` of the first ones,
-    up to 2,048 tokens. The
-    model runs in its own dtype on its own device, weights are solved in float32. Rules go by the names of modules. A
-    linear that cannot be quantized stays float, and `left` of the report says why; so do routers, unless a rule matches them.
+    `calib` holds token ids [samples, time] without padding; `traced` is by default the `trace` of the first ones, up to
+    2,048 tokens. The model runs in its own dtype on its own device, weights are solved in float32. Rules go by the names
+    of modules. A linear that cannot be quantized stays float, and `left` of the report says why; so do routers, unless a rule matches them.
     Raises ValueError or FileExistsError in a sentence where the model, the tokens, the trace or the destination are at fault.
     """
     config = config or QuantConfig()
