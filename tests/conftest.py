@@ -8,6 +8,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import importlib.util
 import pkgutil
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -36,3 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(
                     pytest.mark.skip(reason="there is no NVIDIA GPU here (no nvidia-smi); run `make test-gpu` where there is one")
                 )
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def _room_for_programs() -> Iterator[None]:
+    """Compiled programs hold memory maps, of which Linux allows a process 65,530: XLA crashes at the next one."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
