@@ -1,17 +1,19 @@
 """GPTQ quantization of large language models as mathematics: arrays and frozen descriptions in, arrays out."""
 
+from gptq_fn._batches import Batch, Samples, embed_batches
 from gptq_fn._config import QuantConfig, Rule
 from gptq_fn._grid import Grid, decode, encode, find_grid
 from gptq_fn._hessian import Hessian, add_rows, empty, merge
 from gptq_fn._linears import quantize_linears
-from gptq_fn._quantize import Quantized, embed_batches, head_plan, quantize, quantize_block, quantize_blocks, quantize_head
+from gptq_fn._quantize import Quantized, head_plan, quantize, quantize_block, quantize_blocks, quantize_head
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
 from gptq_fn._solve import Factor, factor, round_to_nearest, solve
 from gptq_fn.check import check
 from gptq_fn.families import FAMILIES, spec_from_config
 from gptq_fn.model.block import block
-from gptq_fn.model.decoder import forward, generate
+from gptq_fn.model.decoder import forward
+from gptq_fn.model.generate import generate
 from gptq_fn.spec import (
     AlibiSpec,
     AttentionSpec,
@@ -38,6 +40,7 @@ __all__ = [
     "FAMILIES",
     "AlibiSpec",
     "AttentionSpec",
+    "Batch",
     "BlockSpec",
     "DynamicScaling",
     "Factor",
@@ -63,6 +66,7 @@ __all__ = [
     "RopeScaling",
     "RopeSpec",
     "Rule",
+    "Samples",
     "YarnScaling",
     "add_rows",
     "block",

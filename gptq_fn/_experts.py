@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from gptq_fn._config import QuantConfig
 from gptq_fn._hessian import Hessian, add_rows, empty
@@ -26,12 +26,19 @@ HESSIAN_BYTES = 2 * 2**30
 
 
 def quantize_experts(
-    spec: MoeSpec, p: BlockParams, tap: Tap, states: Sequence[State], plan: Mapping[str, QuantConfig], names: Mapping[str, str]
+    spec: MoeSpec,
+    p: BlockParams,
+    tap: Tap,
+    states: Sequence[State],
+    keeps: Sequence[Bool[Array, "batch time"]],
+    plan: Mapping[str, QuantConfig],
+    names: Mapping[str, str],
 ) -> Iterator[tuple[str, QuantizedLinear, tuple[LinearReport, ...]]]:
     """Each role of `plan`, which read `tap`, quantized with a leading axis of experts, and the report of every expert.
 
-    `names` maps roles to names with "{n}" for the number of the expert. An expert that fewer tokens than the
-    configuration's min_rows reach is rounded to nearest. Raises ValueError as `quantize_linears` does.
+    `keeps` tell which tokens of each state count; `names` maps roles to names with "{n}" for the number of the expert.
+    An expert that fewer tokens than the configuration's min_rows reach is rounded to nearest. Raises ValueError as
+    `quantize_linears` does.
     """
     inputs = p[next(iter(plan))]["weight"].shape[-1]
     limit = max(1, HESSIAN_BYTES // (4 * inputs**2))
@@ -39,7 +46,7 @@ def quantize_experts(
     found: dict[str, list[tuple[QuantizedLinear, list[LinearReport]]]] = {role: [] for role in plan}
     seen = next(iter(plan.values())).experts
     for first in range(0, spec.experts, chunk):
-        h = _gather(spec, p, tap, states, first, chunk, everything=seen == "all")
+        h = _gather(spec, p, tap, states, keeps, first, chunk, everything=seen == "all")
         for config, roles in alike(plan).items():
             for role, q, reports in _solve_chunk(p, roles, first, chunk, h, config, names):
                 found[role].append((q, reports))
@@ -48,25 +55,35 @@ def quantize_experts(
         yield role, q, tuple(report for _, reports in chunks for report in reports)
 
 
-def _gather(spec: MoeSpec, p: BlockParams, tap: Tap, states: Sequence[State], first: int, chunk: int, *, everything: bool) -> Hessian:
+def _gather(
+    spec: MoeSpec,
+    p: BlockParams,
+    tap: Tap,
+    states: Sequence[State],
+    keeps: Sequence[Bool[Array, "batch time"]],
+    first: int,
+    chunk: int,
+    *,
+    everything: bool,
+) -> Hessian:
     """The Hessians of `chunk` experts, with a leading axis, from the tokens routed to each or from all."""
     mine = jax.tree.map(lambda a: a[first : first + chunk], expert_params(p))
     inner = tap == "expert_down_in"
     width = mine["down"]["weight"].shape[-1] if inner else states[0].taps["mlp_in"].shape[-1]
     h = jax.tree.map(lambda a: jnp.repeat(a[None], chunk, 0), empty(width))
-    for state in states:
+    for state, keep in zip(states, keeps, strict=True):
         x = state.held["experts_in"] if inner else state.taps["mlp_in"]
-        h = _add(spec, h, mine, x, Route(*state.held["route"]), jnp.asarray(first), inner=inner, everything=everything)
+        h = _add(spec, h, mine, x, keep, Route(*state.held["route"]), jnp.asarray(first), inner=inner, everything=everything)
     return h
 
 
 @partial(jax.jit, static_argnames=("spec", "inner", "everything"), donate_argnums=1)
 def _add(
-    spec: MoeSpec, h: Hessian, experts: Mapping[str, Any], x: Array, to: Route, first: Array, *, inner: bool, everything: bool
+    spec: MoeSpec, h: Hessian, experts: Mapping[str, Any], x: Array, keep: Array, to: Route, first: Array, *, inner: bool, everything: bool
 ) -> Hessian:
     def one(task: tuple[Array, Hessian, Mapping[str, Any]]) -> Hessian:
         n, h, mine = task
-        return add_rows(h, expand(spec.mlp, mine, x) if inner else x, None if everything else to.chosen(first + n))
+        return add_rows(h, expand(spec.mlp, mine, x) if inner else x, keep if everything else keep & to.chosen(first + n))
 
     return jax.lax.map(one, (jnp.arange(len(h.rows)), h, experts))
 

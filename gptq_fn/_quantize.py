@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from gptq_fn._batches import Batch, Samples, embed_batches
 from gptq_fn._config import QuantConfig
 from gptq_fn._experts import quantize_experts
 from gptq_fn._hessian import Hessian, add_rows, empty
@@ -18,13 +19,8 @@ from gptq_fn._linears import quantize_linears
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
 from gptq_fn.model.block import BlockParams, State, advance, enter
-from gptq_fn.model.decoder import Params, embed, head_input
+from gptq_fn.model.decoder import Params, head_input
 from gptq_fn.spec import STOP_OF, BlockSpec, ModelSpec, MoeSpec, Stop, Tap
-
-TOKENS_PER_CALL = {"cpu": 512}
-"""Calibration tokens that pass through a block at once, by JAX backend; 4096 elsewhere. On CPUs those of few stay in cache."""
-
-Batches = Sequence[Float[Array, "batch time width"]]
 
 
 class Quantized(NamedTuple):
@@ -35,43 +31,35 @@ class Quantized(NamedTuple):
     report: Report
 
 
-def quantize(params: Params, spec: ModelSpec, calib: Int[Array, "samples time"], config: QuantConfig | None = None) -> Quantized:
+def quantize(params: Params, spec: ModelSpec, calib: Samples, config: QuantConfig | None = None) -> Quantized:
     """GPTQ on a whole model in memory.
 
     `params` is {"top": {role: {"weight", "bias"}}, "blocks": [{role: {"weight", "bias"}}]} with weights [out, in], those
-    of experts [experts, out, in]; `calib` holds token ids, without padding. Computation runs in the dtype of the
-    embedding. Raises ValueError where weights or activations are not finite, and for rules that cannot be followed.
+    of experts [experts, out, in]; `calib` holds token ids [samples, time], or samples of any lengths. Computation runs
+    in the dtype of the embedding. Raises ValueError where weights or activations are not finite, and for rules that cannot be followed.
     """
     config = config or QuantConfig()
     head_plan(spec, config)
-    xs, blocks, reports = embed_batches(spec, params["top"], calib), [], []
-    for p, found, after in quantize_blocks(spec, params["blocks"], xs, config):
-        xs = after
+    batches, blocks, reports = embed_batches(spec, params["top"], calib), [], []
+    for p, found, after in quantize_blocks(spec, params["blocks"], batches, config):
+        batches = after
         blocks.append(p)
         reports.extend(found)
-    spec, top, found = quantize_head(spec, params["top"], xs, config)
+    spec, top, found = quantize_head(spec, params["top"], batches, config)
     return Quantized({"top": top, "blocks": blocks}, spec, Report(config, (*reports, *found)))
 
 
-def embed_batches(spec: ModelSpec, top: Mapping[str, Any], calib: Int[Array, "samples time"]) -> Batches:
-    """What enters the first block, in batches of one shape and at least one sample."""
-    samples, length = calib.shape
-    limit = max(1, min(samples, TOKENS_PER_CALL.get(jax.default_backend(), 4096) // length))
-    size = next(size for size in range(limit, 0, -1) if samples % size == 0)
-    return [embed(spec, top, jnp.asarray(calib[i : i + size])) for i in range(0, samples, size)]
-
-
 def quantize_blocks(
-    spec: ModelSpec, blocks: Iterable[BlockParams], xs: Batches, config: QuantConfig
-) -> Iterator[tuple[BlockParams, tuple[LinearReport, ...], Batches]]:
+    spec: ModelSpec, blocks: Iterable[BlockParams], batches: Sequence[Batch], config: QuantConfig
+) -> Iterator[tuple[BlockParams, tuple[LinearReport, ...], Sequence[Batch]]]:
     """Each block of `blocks` quantized, its reports, and what leaves it, in order; one block at a time is asked for.
 
-    `xs` is what enters the first block. Raises ValueError as `quantize` does, naming the linear and the sample.
+    `batches` are what enters the first block. Raises ValueError as `quantize` does, naming the linear and the sample.
     """
     for i, (block_spec, p) in enumerate(zip(spec.blocks, blocks, strict=True)):
         names = {linear.role: spec.name_of(i, linear) for linear in block_spec.linears}
-        quantized, reports, xs = quantize_block(block_spec, p, xs, _plan(spec, i, config), names, sequential=config.sequential)
-        yield quantized, reports, xs
+        quantized, reports, batches = quantize_block(block_spec, p, batches, _plan(spec, i, config), names, sequential=config.sequential)
+        yield quantized, reports, batches
 
 
 def _plan(spec: ModelSpec, i: int, config: QuantConfig) -> dict[str, QuantConfig]:
@@ -102,19 +90,19 @@ def head_plan(spec: ModelSpec, config: QuantConfig) -> QuantConfig | None:
 
 
 def quantize_head(
-    spec: ModelSpec, top: Mapping[str, Any], xs: Batches, config: QuantConfig
+    spec: ModelSpec, top: Mapping[str, Any], batches: Sequence[Batch], config: QuantConfig
 ) -> tuple[ModelSpec, Mapping[str, Any], tuple[LinearReport, ...]]:
     """The spec and the parameters outside the blocks, with the head quantized where a rule asks for it.
 
-    `xs` is what leaves the last block. Raises ValueError as `head_plan` does.
+    `batches` are what leaves the last block. Raises ValueError as `head_plan` does.
     """
     plan, name = head_plan(spec, config), dict(spec.tensors).get("head")
     if plan is None or name is None:
         return spec, top, ()
     shell = replace(spec, blocks=())
-    states = [State(x, {"head_in": _head_input(shell, top, x)}, {}) for x in xs]
+    states = [State(batch.x, {"head_in": _head_input(shell, top, batch.x)}, {}) for batch in batches]
     leaf = top["embed"] if spec.tied else top["head"]
-    ((_, head, report),) = quantize_linears({name: leaf}, _gather(states, "head_in", name), {name: plan})
+    ((_, head, report),) = quantize_linears({name: leaf}, _gather(states, batches, "head_in", name), {name: plan})
     return _untied(spec), {**top, "head": head}, (report,)
 
 
@@ -132,46 +120,52 @@ _head_input = jax.jit(head_input, static_argnames="spec")
 def quantize_block(
     spec: BlockSpec,
     p: BlockParams,
-    xs: Batches,
+    batches: Sequence[Batch],
     plan: Mapping[str, QuantConfig],
     names: Mapping[str, str],
     *,
     sequential: bool = True,
-) -> tuple[BlockParams, tuple[LinearReport, ...], Batches]:
+) -> tuple[BlockParams, tuple[LinearReport, ...], list[Batch]]:
     """The block with the roles of `plan` quantized, their reports, and what leaves the quantized block.
 
     Where `sequential`, the linears at a tap are solved before the next tap is computed; else all taps are computed from
     the float block. `names` maps roles to the names that reports use, with "{n}" for the number of an expert.
     """
     running, result, reports = dict(p), dict(p), []
-    states = [_enter(spec, p, x) for x in xs]
+    states = [_enter(spec, p, batch.x) for batch in batches]
     for stop in spec.stops:
         for tap, roles in spec.stages:
             mine = {role: plan[role] for role in roles if role in plan}
             if STOP_OF[tap] == stop and mine:
-                for role, q, found in _quantize_tap(spec, running, tap, states, mine, names):
+                for role, q, found in _quantize_tap(spec, running, tap, states, batches, mine, names):
                     result[role] = q
                     reports.extend(found)
         if sequential:
             running.update({role: _dequantized(q) for role, q in result.items() if isinstance(q, QuantizedLinear)})
         _advance_all(spec, running, states, stop)
     if not sequential:
-        states = [_enter(spec, result, x) for x in xs]
+        states = [_enter(spec, result, batch.x) for batch in batches]
         for stop in spec.stops:
             _advance_all(spec, result, states, stop)
-    return result, tuple(reports), [state.x for state in states]
+    return result, tuple(reports), [batch._replace(x=state.x) for batch, state in zip(batches, states, strict=True)]
 
 
 def _quantize_tap(
-    spec: BlockSpec, p: BlockParams, tap: Tap, states: Sequence[State], plan: Mapping[str, QuantConfig], names: Mapping[str, str]
+    spec: BlockSpec,
+    p: BlockParams,
+    tap: Tap,
+    states: Sequence[State],
+    batches: Sequence[Batch],
+    plan: Mapping[str, QuantConfig],
+    names: Mapping[str, str],
 ) -> Iterator[tuple[str, QuantizedLinear, tuple[LinearReport, ...]]]:
     """The roles of `plan`, which read `tap`, quantized, with their reports."""
     if tap in ("expert_in", "expert_down_in"):
         assert isinstance(spec.ffn, MoeSpec)
-        yield from quantize_experts(spec.ffn, p, tap, states, plan, names)
+        yield from quantize_experts(spec.ffn, p, tap, states, [batch.keep for batch in batches], plan, names)
         return
     role_of = {names[role]: role for role in plan}
-    h = _gather(states, tap, next(iter(role_of)))
+    h = _gather(states, batches, tap, next(iter(role_of)))
     for name, q, report in quantize_linears({n: p[r] for n, r in role_of.items()}, h, {n: plan[r] for n, r in role_of.items()}):
         yield role_of[name], q, (report,)
 
@@ -201,20 +195,22 @@ def _advance_all(spec: BlockSpec, p: BlockParams, states: list[State], stop: Sto
 
 
 @partial(jax.jit, donate_argnums=0)
-def _add(h: Hessian, x: Float[Array, "samples time features"]) -> tuple[Hessian, Bool[Array, " samples"]]:
-    return add_rows(h, x), jnp.isfinite(x).all((1, 2))
+def _add(
+    h: Hessian, x: Float[Array, "samples time features"], keep: Bool[Array, "samples time"]
+) -> tuple[Hessian, Bool[Array, " samples"]]:
+    return add_rows(h, x, keep), (jnp.isfinite(x).all(2) | ~keep).all(1)
 
 
-def _gather(states: Sequence[State], tap: str, name: str) -> Hessian:
+def _gather(states: Sequence[State], batches: Sequence[Batch], tap: str, name: str) -> Hessian:
     """The Hessian of what enters the linear `name`. Raises ValueError naming the first sample that is not finite."""
     h, finite = empty(states[0].taps[tap].shape[-1]), []
-    for state in states:
-        h, fine = _add(h, state.taps[tap])
+    for state, batch in zip(states, batches, strict=True):
+        h, fine = _add(h, state.taps[tap], batch.keep)
         finite.append(fine)
-    fine = np.concatenate([np.asarray(f) for f in finite])
-    if not fine.all():
+    bad = [n for batch, fine in zip(batches, finite, strict=True) for n, ok in zip(batch.samples, np.asarray(fine), strict=False) if not ok]
+    if bad:
         raise ValueError(
-            f"{name}: calibration sample {int(fine.argmin())} makes its input infinite or NaN. "
+            f"{name}: calibration sample {min(bad)} makes its input infinite or NaN. "
             "Check the sample and the model's weights; a float16 model may need bfloat16 or float32."
         )
     return h

@@ -30,6 +30,7 @@ from gptq_fn import (
     empty,
     forward,
     quantize,
+    quantize_blocks,
     round_to_nearest,
 )
 from gptq_fn.spec import TAPS
@@ -131,7 +132,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 def test_every_linear_is_textbook_gptq_on_what_enters_it(case):
     """And the report says how far off its output is, in float64 too."""
     reports = {report.name: report for report in case.quantized.report.linears}
-    (x,) = embed_batches(case.spec, case.params["top"], jnp.asarray(case.calib))
+    ((x, keep, _),) = embed_batches(case.spec, case.params["top"], case.calib)
+    assert keep.all()
     for i, (spec, p, q) in enumerate(zip(case.spec.blocks, case.params["blocks"], case.quantized.params["blocks"], strict=True)):
         so_far = dict(p)
         for tap, roles in spec.stages:
@@ -244,10 +246,47 @@ def test_batches_hold_all_samples_in_order(samples, time):
     spec = model(GATED, 0)
     tokens = np.arange(samples * time).reshape(samples, time) % VOCAB
     top = random_params(spec)["top"]
-    batches = embed_batches(spec, top, jnp.asarray(tokens, jnp.int32))
-    np.testing.assert_array_equal(jnp.concatenate(batches), np.asarray(top["embed"]["weight"])[tokens])
-    assert len({batch.shape for batch in batches}) == 1
-    assert all(len(batch) == 1 or batch.shape[0] * time <= 4096 for batch in batches)
+    batches = embed_batches(spec, top, tokens)
+    np.testing.assert_array_equal(
+        np.concatenate([np.asarray(batch.x)[: len(batch.samples)] for batch in batches]), np.asarray(top["embed"]["weight"])[tokens]
+    )
+    assert [n for batch in batches for n in batch.samples] == list(range(samples))
+    assert len({batch.x.shape for batch in batches}) == 1
+    assert all(len(batch.x) == 1 or batch.x.shape[0] * time <= 4096 for batch in batches)
+
+
+def test_batches_of_samples_of_any_lengths_have_few_shapes_and_mark_what_counts():
+    spec = model(GATED, 0)
+    top = random_params(spec)["top"]
+    lengths = np.random.default_rng(2).integers(1, 700, 60)
+    samples = [np.full(length, n % VOCAB) for n, length in enumerate(lengths)]
+    batches = embed_batches(spec, top, samples)
+    found = {n: x[k] for batch in batches for n, x, k in zip(batch.samples, np.asarray(batch.x), np.asarray(batch.keep), strict=False)}
+    assert sum(int(batch.keep.sum()) for batch in batches) == lengths.sum()
+    assert len({batch.x.shape[1] for batch in batches}) <= 11
+    for n, sample in enumerate(samples):
+        np.testing.assert_array_equal(found[n], np.asarray(top["embed"]["weight"])[sample])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_counts_for_nothing(name):
+    """Samples of several lengths give what each gives on its own."""
+    kind, config = CASES[name]
+    spec = model(kind, 2)
+    params = random_params(spec)
+    samples = [np.random.default_rng(n).integers(0, VOCAB, length) for n, length in enumerate((5, 24, 17, 9, 31, 2))]
+    alone = [embed_batches(spec, params["top"], [sample])[0] for sample in samples]
+    batches = embed_batches(spec, params["top"], samples)
+    assert any(not batch.keep.all() for batch in batches)
+    assert all(batch.keep.all() for batch in alone)
+    for (p, told, _), (expected, expected_told, _) in zip(
+        quantize_blocks(spec, params["blocks"], batches, config), quantize_blocks(spec, params["blocks"], alone, config), strict=True
+    ):
+        assert [report.rows for report in told] == [report.rows for report in expected_told] == [88] * len(told)
+        for found, wanted in zip(jax.tree.leaves(p), jax.tree.leaves(expected), strict=True):
+            assert (np.asarray(found) != np.asarray(wanted)).mean() < 0.02  # ties
+            if jnp.issubdtype(found.dtype, jnp.floating):
+                np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -266,7 +305,7 @@ def test_a_sample_that_is_not_finite_is_named(value):
     params["top"]["embed"]["weight"] = params["top"]["embed"]["weight"].at[7, 4].set(value)
     tokens = np.ones((60, 100), np.int32)
     tokens[44, 90] = 7
-    assert len(embed_batches(spec, params["top"], jnp.asarray(tokens))) > 1
+    assert len(embed_batches(spec, params["top"], tokens)) > 1
     with pytest.raises(ValueError, match=r"blocks\.0\.q: calibration sample 44 makes its input infinite or NaN"):
         quantize(params, spec, jnp.asarray(tokens), BY_HAND)
 

@@ -18,6 +18,7 @@ from gptq_fn import (
     QuantConfig,
     Quantized,
     Report,
+    Samples,
     check,
     embed_batches,
     head_plan,
@@ -53,7 +54,7 @@ Progress = Callable[[int, int, tuple[LinearReport, ...]], None]
 def quantize_checkpoint(
     source: str | Path,
     destination: str | Path,
-    calib: np.ndarray,
+    calib: Samples,
     config: QuantConfig | None = None,
     *,
     spec: ModelSpec | None = None,
@@ -62,9 +63,9 @@ def quantize_checkpoint(
 ) -> Report:
     """Quantize the checkpoint in `source` and write it, in the GPTQ format, to `destination`.
 
-    `calib` holds token ids [samples, time]. `spec` describes models that are in no table. The destination appears when
-    it is complete; a run that fails or is interrupted leaves nothing there. Raises ValueError or OSError in a sentence,
-    before any work where the checkpoint, the config or the tokens are at fault.
+    `calib` holds token ids [samples, time], or samples of any lengths. `spec` describes models that are in no table. The
+    destination appears when it is complete; a run that fails or is interrupted leaves nothing there. Raises ValueError or
+    OSError in a sentence, before any work where the checkpoint, the config or the tokens are at fault.
     """
     config = config or QuantConfig()
     checkpoint, spec = open_source(source, config, spec)
@@ -74,17 +75,17 @@ def quantize_checkpoint(
     with staged(destination) as aside, threadpool_limits(1, "blas"):
         writer = ShardWriter(aside, shard_bytes)
         top = read_top(spec, checkpoint)
-        xs = [x.astype(compute_dtype(x.dtype)) for x in embed_batches(spec, top, jnp.asarray(calib, jnp.int32))]
+        batches = [batch._replace(x=batch.x.astype(compute_dtype(batch.x.dtype))) for batch in embed_batches(spec, top, calib)]
         zeros, reports = zeros_version(config), []
         blocks = (read_block(spec, i, checkpoint) for i in range(len(spec.blocks)))
-        for i, (p, found, after) in enumerate(quantize_blocks(spec, blocks, xs, config)):
-            xs = after
+        for i, (p, found, after) in enumerate(quantize_blocks(spec, blocks, batches, config)):
+            batches = after
             for name, array in write_block(spec, i, p, zeros):
                 writer.add(name, array)
             reports.extend(found)
             if progress:
                 progress(i + 1, len(spec.blocks), found)
-        spec, top, found = quantize_head(spec, top, xs, config)
+        spec, top, found = quantize_head(spec, top, batches, config)
         for name, array in write_top(spec, top, zeros):
             writer.add(name, array)
         writer.close()
@@ -173,14 +174,19 @@ def _unstorable(spec: ModelSpec, shapes: Shapes, config: QuantConfig) -> Iterato
             yield f"{left[0]}: a rule leaves it out, but readers take the experts of a block only as a whole; leave out all or none."
 
 
-def check_tokens(calib: np.ndarray, vocabulary: int) -> None:
-    """Raise ValueError unless `calib` is token ids [samples, time] below `vocabulary`."""
-    if calib.ndim != 2 or not calib.size or not np.issubdtype(calib.dtype, np.integer):
-        raise ValueError(f"Calibration tokens are whole numbers [samples, time]; got {calib.dtype} {list(calib.shape)}.")
-    if calib.min() < 0 or calib.max() >= vocabulary:
+def check_tokens(calib: Samples, vocabulary: int) -> None:
+    """Raise ValueError unless `calib` is token ids below `vocabulary`: an array [samples, time], or samples of any lengths."""
+    samples = [np.asarray(sample) for sample in calib]
+    if odd := [x for x in samples if x.ndim != 1 or not x.size or not np.issubdtype(x.dtype, np.integer)]:
         raise ValueError(
-            f"Calibration tokens reach from {calib.min()} to {calib.max()} but the model knows {vocabulary}: another tokenizer made them."
+            "Calibration tokens are whole numbers [samples, time], or a sequence of samples [time]; "
+            f"got a sample of {odd[0].dtype} {list(odd[0].shape)}."
         )
+    if not samples:
+        raise ValueError("There are no calibration samples; give some token ids [samples, time].")
+    low, high = min(int(x.min()) for x in samples), max(int(x.max()) for x in samples)
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"Calibration tokens reach from {low} to {high} but the model knows {vocabulary}: another tokenizer made them.")
 
 
 def describe(directory: Path, model: dict[str, Any], embedding: np.dtype, report: Report) -> None:
