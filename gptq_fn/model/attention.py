@@ -1,38 +1,37 @@
 """Causal self-attention for every layout of the query, key and value projections."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from gptq_fn.model.linear import linear
 from gptq_fn.model.mix import mix
 from gptq_fn.model.norm import norm
 from gptq_fn.model.position import alibi, rotate
-from gptq_fn.spec import AlibiSpec, AttentionSpec, LatentAttentionSpec, RopeSpec
+from gptq_fn.spec import AlibiSpec, AttentionSpec, RopeSpec
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens before the current ones, in buffers of a fixed length; `used` tokens are valid."""
+    """Keys and values of the tokens before the current ones, in buffers of a fixed length; `used` of each sample are valid."""
 
     k: Float[Array, "batch length kv_heads dim"]
     v: Float[Array, "batch length kv_heads value_dim"]
-    used: Int[Array, ""]
+    used: Int[Array, " batch"]
 
 
-def empty_cache(spec: AttentionSpec | LatentAttentionSpec, batch: int, length: int, dtype: jnp.dtype) -> Cache:
-    """A cache for `length` tokens that holds none."""
-    latent = isinstance(spec, LatentAttentionSpec)
-    heads, value_dim = (spec.heads, spec.value_dim) if latent else (spec.kv_heads, spec.head_dim)
-    k, v = (jnp.zeros((batch, length, heads, dim), dtype) for dim in (spec.head_dim, value_dim))
-    return Cache(k, v, jnp.zeros((), jnp.int32))
+def resized(cache: Cache, length: int, used: Int[Array, " batch"]) -> Cache:
+    """A cache for `length` tokens, more than this one's, of which `used` of each sample are valid."""
+    k, v = (jnp.pad(a, ((0, 0), (0, length - a.shape[1]), (0, 0), (0, 0))) for a in (cache.k, cache.v))
+    return Cache(k, v, used)
 
 
 def attention(
     spec: AttentionSpec, p: Mapping[str, Any], x: Float[Array, "batch time width"], cache: Cache | None = None
-) -> tuple[Float[Array, "batch time heads_times_dim"], Cache | None]:
+) -> tuple[Float[Array, "batch time heads_times_dim"], Cache]:
     """What enters the output projection, and the cache with the current tokens appended."""
     q, k, v = _project(spec, p, x)
     positions = positions_of(x, cache)
@@ -44,34 +43,27 @@ def attention(
         q, k = rotate(spec.position, q, positions), rotate(spec.position, k, positions)
     if spec.qk_norm is not None and spec.qk_norm.after_rope:
         q, k = _normalized(spec, p, q, k)
-    k, v, after = append(cache, k, v)
+    after = append(cache, k, v)
     scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-    bias = alibi(spec.position, spec.heads, k.shape[1], scale) if isinstance(spec.position, AlibiSpec) else None
-    options = {"scale": scale, "softcap": spec.softcap, "bias": bias, "sinks": p["sinks"] if spec.sinks else None}
-    return mix(q, k, v, visible(spec.window, positions, k.shape[1]), causal=cache is None, **options), after
+    bias = alibi(spec.position, spec.heads, after.k.shape[1], scale) if isinstance(spec.position, AlibiSpec) else None
+    options = {"window": spec.window, "softcap": spec.softcap, "bias": bias, "sinks": p["sinks"] if spec.sinks else None}
+    return mix(q, after.k, after.v, positions, scale=scale, causal=cache is None, **options), after
 
 
-def positions_of(x: Float[Array, "batch time width"], cache: Cache | None) -> Int[Array, " time"]:
+def positions_of(x: Float[Array, "batch time width"], cache: Cache | None) -> Int[Array, "#batch time"]:
     """The positions of the current tokens."""
-    start = jnp.zeros((), jnp.int32) if cache is None else cache.used
-    return start + jnp.arange(x.shape[1], dtype=jnp.int32)
+    start = jnp.zeros((1, 1), jnp.int32) if cache is None else cache.used[:, None]
+    return start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
 
 
-def append(cache: Cache | None, k: Array, v: Array) -> tuple[Array, Array, Cache | None]:
-    """The keys and values of all tokens, and the cache that holds them."""
+def append(cache: Cache | None, k: Array, v: Array) -> Cache:
+    """The cache with these keys and values of each sample behind those it holds; one that is just these without a cache."""
+    batch, time = k.shape[:2]
     if cache is None:
-        return k, v, None
-    time = k.shape[1]
-    k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), cache.used, axis=1)
-    v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), cache.used, axis=1)
-    return k, v, Cache(k, v, cache.used + time)
-
-
-def visible(window: int | None, positions: Int[Array, " time"], length: int) -> Bool[Array, "time length"]:
-    """Which of `length` tokens each current token attends to."""
-    here, there = positions[:, None], jnp.arange(length, dtype=jnp.int32)[None]
-    causal = there <= here
-    return causal if window is None else causal & (here - there < window)
+        return Cache(k, v, jnp.full(batch, time, jnp.int32))
+    put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    k, v = (put(held, new.astype(held.dtype), cache.used) for held, new in ((cache.k, k), (cache.v, v)))
+    return Cache(k, v, cache.used + time)
 
 
 def _project(spec: AttentionSpec, p: Mapping[str, Any], x: Array) -> tuple[Array, Array, Array]:

@@ -71,7 +71,7 @@ def advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop, cache: Ca
 
 def block(
     spec: BlockSpec, p: BlockParams, x: Float[Array, "batch time width"], cache: Cache | None = None
-) -> tuple[Float[Array, "batch time width"], dict[Tap, Array], Cache | None]:
+) -> tuple[Float[Array, "batch time width"], dict[Tap, Array], Cache]:
     """The block's output, the activations that enter its linears, and the cache with these tokens appended.
 
     What enters experts is not among the activations: it is those of "mlp_in" that are routed to each.
@@ -80,6 +80,7 @@ def block(
     for stop in spec.stops:
         taps |= state.taps
         state, cache = advance(spec, p, state, stop, cache)
+    assert cache is not None  # attention makes one where there was none
     return state.x, taps, cache
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptq_fn.model.attention import Cache, append, positions_of, visible
+from gptq_fn.model.attention import Cache, append, positions_of
 from gptq_fn.model.linear import linear
 from gptq_fn.model.mix import mix
 from gptq_fn.model.norm import norm
@@ -27,7 +27,7 @@ def compress(
 
 def attend(
     spec: LatentAttentionSpec, p: Mapping[str, Any], taps: Mapping[str, Array], held: Mapping[str, Array], cache: Cache | None = None
-) -> tuple[Float[Array, "batch time heads_times_value_dim"], Cache | None]:
+) -> tuple[Float[Array, "batch time heads_times_value_dim"], Cache]:
     """What enters the output projection, and the cache with the current tokens appended."""
     latent = taps["kv_latent"]
     lead = latent.shape[:2]
@@ -38,5 +38,5 @@ def attend(
     k, v = jnp.split(linear(p["kv_b"], latent).reshape(*lead, spec.heads, -1), [spec.plain], -1)
     rotary = rotate(spec.position, held["rotary_key"][:, :, None], positions)
     k = jnp.concatenate([k, jnp.broadcast_to(rotary, (*lead, spec.heads, rotary.shape[-1]))], -1)
-    k, v, after = append(cache, k, v)
-    return mix(q, k, v, visible(None, positions, k.shape[1]), scale=spec.scale, causal=cache is None), after
+    after = append(cache, k, v)
+    return mix(q, after.k, after.v, positions, scale=spec.scale, causal=cache is None), after

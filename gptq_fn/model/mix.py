@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 _QUERIES = 128
 """Query positions that are worth a matrix product of their own."""
@@ -12,9 +12,10 @@ def mix(
     q: Float[Array, "batch time heads dim"],
     k: Float[Array, "batch length kv_heads dim"],
     v: Float[Array, "batch length kv_heads value_dim"],
-    visible: Bool[Array, "time length"],
+    positions: Int[Array, "#batch time"],
     *,
     scale: float,
+    window: int | None = None,
     softcap: float | None = None,
     bias: Float[Array, "heads length"] | None = None,
     sinks: Float[Array, " heads"] | None = None,
@@ -22,8 +23,9 @@ def mix(
 ) -> Float[Array, "batch time heads_times_value_dim"]:
     """The values, averaged for each query head with softmax weights over the tokens that are visible to it.
 
-    One key-value head of one sample at a time: its scores fit a cache, and all scores at once would be most of the
-    memory. Where `causal`, query t is at position t and tokens after it need not be looked at.
+    Keys are at positions 0, 1, ...; a query sees those up to its own, the last `window` of them. Where `causal`, query t
+    is at position t and tokens after it need not be looked at. One key-value head of one sample at a time: its scores fit
+    a cache, and all scores at once would be most of the memory.
     """
     batch, time, heads, dim = q.shape
     length, kv_heads, value_dim = v.shape[1:]
@@ -32,12 +34,14 @@ def mix(
     biases = jnp.zeros((heads, 1), jnp.float32) if bias is None else bias
     rest = jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
 
-    def rows(q: Array, k: Array, v: Array, bias: Array, rest: Array, visible: Array) -> Array:
+    def rows(q: Array, k: Array, v: Array, bias: Array, rest: Array, here: Array) -> Array:
         """The mixed values of some query positions of all query heads that share these keys and values."""
         scores = jnp.matmul(q.reshape(-1, dim), k.T, precision=precision, preferred_element_type=jnp.float32) * scale
-        scores = scores.reshape(share, *visible.shape)
+        scores = scores.reshape(share, len(here), len(k))
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
+        distance = here[:, None] - jnp.arange(len(k), dtype=here.dtype)[None]
+        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         scores = jnp.where(visible[None], scores + bias[:, None], -jnp.inf)
         largest = jnp.maximum(scores.max(-1, keepdims=True), rest[:, None, None])
         weights = jnp.exp(scores - largest)
@@ -45,13 +49,13 @@ def mix(
         mixed = jnp.matmul(weights.reshape(-1, len(k)).astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32)
         return (mixed.reshape(*q.shape[:-1], value_dim) / total).astype(v.dtype)
 
-    def one(head: tuple[Array, Array, Array, Array, Array]) -> Array:
-        q, k, v, bias, rest = head
+    def one(head: tuple[Array, Array, Array, Array, Array, Array]) -> Array:
+        q, k, v, bias, rest, here = head
         parts = []
         for start in range(0, time, step := max(_QUERIES, -(-time // 4))):
             stop = min(start + step, time)
             seen = stop if causal else length
-            parts.append(rows(q[:, start:stop], k[:seen], v[:seen], bias[:, :seen], rest, visible[start:stop, :seen]))
+            parts.append(rows(q[:, start:stop], k[:seen], v[:seen], bias[:, :seen], rest, here[start:stop]))
         return jnp.concatenate(parts, axis=1)
 
     def by_head(a: Array) -> Array:
@@ -61,5 +65,6 @@ def mix(
 
     q = q.reshape(batch, time, kv_heads, share, dim).transpose(0, 2, 3, 1, 4).reshape(-1, share, time, dim)
     k, v = (a.transpose(0, 2, 1, 3).reshape(-1, length, a.shape[-1]) for a in (k, v))
-    mixed = jax.lax.map(one, (q, k, v, by_head(biases), by_head(rest))).reshape(batch, kv_heads, share, time, value_dim)
+    here = jnp.repeat(jnp.broadcast_to(positions, (batch, time)), kv_heads, axis=0)
+    mixed = jax.lax.map(one, (q, k, v, by_head(biases), by_head(rest), here)).reshape(batch, kv_heads, share, time, value_dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * value_dim)

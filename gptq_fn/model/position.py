@@ -20,11 +20,16 @@ from gptq_fn.spec import (
 )
 
 
-def rotate(rope: RopeSpec, x: Float[Array, "batch time heads dim"], positions: Int[Array, " time"]) -> Float[Array, "batch time heads dim"]:
-    """The heads with their first `rope.dim` features rotated by angles that grow with `positions`, which are in order."""
-    angles = positions.astype(jnp.float32)[:, None] * frequencies(rope, positions[-1] + 1)[None]
+def rotate(
+    rope: RopeSpec, x: Float[Array, "batch time heads dim"], positions: Int[Array, "#batch time"]
+) -> Float[Array, "batch time heads dim"]:
+    """The heads with their first `rope.dim` features rotated by angles that grow with `positions`.
+
+    Scalings that depend on the length of the text take that of the longest sample, as transformers does.
+    """
+    angles = positions.astype(jnp.float32)[..., None] * frequencies(rope, positions.max() + 1)[None, None]
     amplitude = rope.scaling.amplitude if isinstance(rope.scaling, YarnScaling | LongScaling) else 1.0
-    cos, sin = ((f(angles) * amplitude)[None, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    cos, sin = ((f(angles) * amplitude)[:, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     turning, still = x[..., : rope.dim], x[..., rope.dim :]
     a, b = (turning[..., ::2], turning[..., 1::2]) if rope.interleaved else jnp.split(turning, 2, -1)
     turned = a * cos - b * sin, b * cos + a * sin
@@ -110,8 +115,8 @@ def _slopes(spec: AlibiSpec, heads: int) -> np.ndarray:
     return np.concatenate([powers(below), finer[::2][: heads - below]])
 
 
-def sinusoids(width: int, positions: Int[Array, " time"]) -> Float[Array, "time width"]:
+def sinusoids(width: int, positions: Int[Array, "#batch time"]) -> Float[Array, "#batch time width"]:
     """Sines and cosines of angles that grow with `positions`, in halves as in tensor2tensor (cf. Vaswani et al. 2017, 3.5)."""
     rates = 10000.0 ** (-np.arange(width // 2) / (width // 2 - 1))
-    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rates, jnp.float32)[None]
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(rates, jnp.float32)[None, None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
