@@ -6,17 +6,18 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoints import FAMILIES, GATED, IDS, TOKENS, VOCAB, assert_equal_logits, checkpoint, load, logits, relative
 from gptq_fn_interop import qlinear
+from gptq_fn_interop.gptq_config import GPTQConfig as ours
 from gptq_fn_interop.hf import from_hf, to_hf
 from gptq_fn_interop.qlinear import QuantLinear
-from gptq_fn_interop.quantizer import register
 from gptq_writer import SCALE_DTYPES, Scheme, quantization_config, random_linear, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,106 +25,9 @@ from jax.tree_util import tree_leaves_with_path
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPTQConfig, LlamaConfig, OPTConfig, Qwen2Config
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModel, AutoModelForCausalLM, GPTQConfig, LlamaConfig
 
 from gptq_fn import ModelSpec, QuantConfig, Quantized, Report, Rule, forward, round_to_nearest
-
-register()
-
-VOCAB = 99
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-GATED: dict[str, Any] = {**SHAPE, "intermediate_size": 96, "num_key_value_heads": 2}
-TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**GATED, **TOKENS),
-    "qwen2": Qwen2Config(**GATED, **TOKENS, tie_word_embeddings=True),  # biases on q, k and v
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=64, **TOKENS),  # Conv1D, tied
-    "opt": OPTConfig(**SHAPE, ffn_dim=96, word_embed_proj_dim=32, **TOKENS),  # linears outside of the blocks, tied
-}
-IDS = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
-
-Choose = Callable[[str], Scheme | None]
-
-
-class Case(NamedTuple):
-    """A checkpoint on disk, its quantized linears, and the dense model that it must equal."""
-
-    directory: Path
-    dense: Any
-    tensors: dict[str, torch.Tensor]
-    quantized: tuple[str, ...]
-
-    def config(self) -> dict[str, Any]:
-        return json.loads((self.directory / "config.json").read_text())
-
-    def edit(self, **changes: Any) -> None:
-        """Change keys of the quantization config on disk; None removes one."""
-        config = self.config()
-        described = {**config["quantization_config"], **changes}
-        config["quantization_config"] = {key: value for key, value in described.items() if value is not None}
-        (self.directory / "config.json").write_text(json.dumps(config))
-
-    def rewrite(self, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-        """Change the tensors on disk."""
-        change(self.tensors)
-        write(self.directory, self.config(), self.tensors)
-
-
-def checkpoint(
-    directory: Path, family: str, scheme: Scheme, *, choose: Choose | None = None, shards: int = 1, seed: int = 0, head: bool = False
-) -> Case:
-    """A checkpoint of a tiny random model. `choose` gives each linear's scheme, by default `scheme` for all in the blocks."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    dense = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family])).eval()
-    for p in dense.parameters():
-        p.data += 0.02 * torch.randn_like(p)  # default initialization hides biases and norms
-    tensors = {k: v.clone() for k, v in dense.state_dict().items() if k not in dense.all_tied_weights_keys}
-    names = []
-    for name, module in dense.named_modules():
-        in_blocks = ".layers." in name or ".h." in name
-        mine = choose(name) if choose else scheme
-        if isinstance(module, nn.Linear | Conv1D) and mine is not None and (in_blocks or (head and name == "lm_head")):
-            inputs, outputs = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-            linear = random_linear(rng, inputs, outputs, mine)
-            weight = torch.from_numpy(linear.weight).float()
-            module.weight.data = weight.T.contiguous() if isinstance(module, Conv1D) else weight
-            del tensors[f"{name}.weight"]
-            tensors |= {f"{name}.{leaf}": t for leaf, t in linear.tensors.items()}
-            names.append(name)
-    config = {**json.loads(dense.config.to_json_string()), "architectures": [type(dense).__name__], "dtype": "float32"}
-    write(directory, {**config, "quantization_config": quantization_config(scheme)}, tensors, shards)
-    return Case(directory, dense, tensors, tuple(names))
-
-
-def load(directory: Path, **kwargs: Any) -> Any:
-    """The model, after checking that every tensor of the checkpoint found its place."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **kwargs)
-    model, info = loaded
-    assert not any(info.values()), info
-    return model
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS.to(model.device)).logits.double().cpu()
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
-def assert_equal_logits(model: nn.Module, case: Case, tolerance: float = 1e-5) -> None:
-    found = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
-    assert sorted(found) == sorted(case.quantized)
-    assert relative(logits(model), logits(case.dense)) < tolerance
 
 
 @st.composite
@@ -215,9 +119,23 @@ def test_a_bfloat16_model(tmp_path: Path) -> None:
     assert relative(found, exact) < 2 * relative(logits(case.dense.bfloat16()), exact)
 
 
-def test_device_map(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [{"device_map": "auto"}, {"device_map": "auto", "max_memory": {"cpu": "1GiB"}}, {"device_map": "cpu"}])
+def test_device_map(tmp_path: Path, asked: dict[str, Any]) -> None:
     case = checkpoint(tmp_path, "llama", Scheme(), shards=2)
-    assert_equal_logits(load(tmp_path, device_map="auto"), case)
+    assert_equal_logits(load(tmp_path, **asked), case)
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_weights_may_stay_on_the_disk(tmp_path: Path, buffers: bool) -> None:
+    """Offloading to a folder, as accelerate does it with what max_memory leaves no room for. `buffers`: the codes, too."""
+    case = checkpoint(tmp_path, "llama", Scheme(desc_act=True), shards=2)
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
+    places |= dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], "disk")
+    model = load(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded", offload_buffers=buffers)
+    assert model.model.layers[1].mlp.down_proj.scales.is_meta
+    assert model.model.layers[1].mlp.down_proj.qweight.is_meta == buffers
+    assert_equal_logits(model, case)
+    assert_equal_logits(model, case)
 
 
 def test_generate_and_pipeline(tmp_path: Path) -> None:
@@ -264,10 +182,47 @@ def test_other_bits_are_refused(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_quantizing_while_loading_is_refused_with_the_way_to_do_it(tmp_path: Path) -> None:
-    checkpoint(tmp_path, "llama", Scheme()).dense.save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="gptq-fn quantize SRC DST"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=GPTQConfig(bits=4, dataset="c4"))
+EXLLAMA: list[dict[str, Any]] = [
+    {"use_exllama": False},
+    {"use_exllama": True},
+    {"disable_exllama": True},
+    {"exllama_config": {"version": 2}},
+    {"exllama_config": {"version": 1}, "max_input_length": 4096, "use_cuda_fp16": True},
+    {"backend": "auto_trainable"},
+]
+
+
+@pytest.mark.parametrize("asked", EXLLAMA, ids=str)
+def test_kernels_of_other_packages_are_no_matter(tmp_path: Path, asked: dict[str, Any]) -> None:
+    case = checkpoint(tmp_path, "llama", Scheme())
+    case.edit(use_exllama=True, exllama_config={"version": 1})
+    with pytest.warns(UserWarning, match="loading attributes"):
+        model = load(tmp_path, quantization_config=GPTQConfig(bits=4, **asked))
+    assert_equal_logits(model, case)
+    assert model.get_submodule(case.quantized[0]).backend is None
+    model.save_pretrained(tmp_path / "saved")
+    found = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert found == case.config()["quantization_config"]
+
+
+def test_a_config_from_before_this_package_was_imported_loads(tmp_path: Path) -> None:
+    case = checkpoint(tmp_path, "llama", Scheme())
+    assert GPTQConfig is transformers.GPTQConfig is ours
+    (stock,) = (cls for cls in ours.__bases__ if cls.__name__ == "GPTQConfig")
+    with pytest.warns(UserWarning, match="loading attributes"):
+        assert_equal_logits(load(tmp_path, quantization_config=stock(bits=4, use_exllama=False)), case)
+
+
+def test_a_file_of_another_name_is_found_where_the_config_names_it(tmp_path: Path) -> None:
+    """As AutoGPTQ calls it. transformers looks for model.safetensors unless it is told."""
+    case = checkpoint(tmp_path, "llama", Scheme())
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.transformers_weights = "gptq_model-4bit-32g.safetensors"
+    model = load(tmp_path, config=config)
+    assert_equal_logits(model, case)
+    model.save_pretrained(tmp_path / "saved")
+    assert_equal_logits(load(tmp_path / "saved"), case)
 
 
 def test_a_state_dict_does_not_tell_what_is_quantized(tmp_path: Path) -> None:
@@ -386,21 +341,32 @@ MORE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_saving_changes_nothing(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(("family", "shard"), [*((family, "50GB") for family in FAMILIES), ("llama", "20KB"), ("gpt2", "20KB")])
+def test_saving_changes_nothing(tmp_path: Path, family: str, shard: str) -> None:
     scheme = Scheme(3, 64, sym=False, desc_act=True, zeros="v2", scales=torch.bfloat16)
     case = checkpoint(tmp_path, family, scheme)
     case.edit(**MORE)
     model = load(tmp_path)
     logits(model)
-    model.save_pretrained(tmp_path / "saved")
-    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    model.save_pretrained(tmp_path / "saved", max_shard_size=shard)
+    files = sorted((tmp_path / "saved").glob("*.safetensors"))
+    assert (len(files) > 2) == (tmp_path / "saved" / "model.safetensors.index.json").exists() == (shard != "50GB")
+    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert saved.keys() == case.tensors.keys()
     assert all(torch.equal(saved[name], t) and saved[name].dtype == t.dtype for name, t in case.tensors.items())
     found = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
-    assert found == case.config()["quantization_config"]
-    assert list(found["dynamic"]) == list(MORE["dynamic"])  # transformers sorts keys, but of rules the first match wins
+    assert found == json.loads((tmp_path / "saved" / "quantize_config.json").read_text()) == case.config()["quantization_config"]
+    for file in ("config.json", "quantize_config.json"):  # transformers sorts keys, but of rules the first match wins
+        text = (tmp_path / "saved" / file).read_text()
+        assert text.index("z_first") < text.index("m_second") < text.index("a_third")
     assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
+def test_only_quantized_models_leave_a_quantize_config(tmp_path: Path) -> None:
+    case = checkpoint(tmp_path, "llama", Scheme())
+    case.dense.save_pretrained(tmp_path / "dense")
+    load(tmp_path).dequantize().save_pretrained(tmp_path / "dequantized")
+    assert not [*(tmp_path / "dense").glob("quantize*"), *(tmp_path / "dequantized").glob("quantize*")]
 
 
 @pytest.mark.parametrize("zeros", ["v1", "v1_carry"])

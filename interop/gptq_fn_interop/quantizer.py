@@ -1,10 +1,10 @@
 """transformers' quantization method "gptq", served by this package: `from_pretrained` without optimum or gptqmodel.
 
 `register` takes the method over. Whatever a checkpoint's config claims, the layers that are quantized and their bits
-are read from the headers of its files; the config decides only what the tensors cannot tell.
+are read from the headers of its files; the config decides only what the tensors cannot tell. Float checkpoints are
+quantized when they are loaded: see `on_load`.
 """
 
-import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -23,73 +23,28 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import quantization_config
 
+from gptq_fn_interop import on_load, request
 from gptq_fn_interop.experts import Experts, fuse, inputs_of, is_fused
+from gptq_fn_interop.gptq_config import GPTQConfig, save_config
 from gptq_fn_interop.gptq_format import TENSORS, regular_groups, scheme_of
 from gptq_fn_interop.qlinear import QuantLinear
 
-_FORMATS = ("gptq", "gptq_v2")
 _DTYPES = {"I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 def register() -> None:
-    """Make transformers load GPTQ checkpoints with this package. `register_quantizer` would refuse a name that is taken."""
+    """Make transformers load, make and save GPTQ checkpoints with this package.
+
+    `register_quantizer` would refuse a name that is taken. transformers' GPTQConfig drops every key that it does not know,
+    so from here on its name means the one that does not, which is a subclass.
+    """
     AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
     AUTO_QUANTIZER_MAPPING["gptq"] = GptqQuantizer
-
-
-class GPTQConfig(transformers.GPTQConfig):
-    """transformers' GPTQConfig, which keeps every key of the checkpoint's own config when the model is saved.
-
-    The name is not free: transformers compares it with that of the config a user passes to `from_pretrained`.
-    """
-
-    def __init__(self, bits: int, **described: Any):
-        """Any keys; those that transformers does not know (dynamic, lm_head, ...) become attributes too."""
-        super().__init__(bits, **described)
-        for key, value in described.items():
-            self.__dict__.setdefault(key, value)
-        self.described = {"quant_method": "gptq", "bits": bits, **described}
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The config of a checkpoint. A backend named there is a kernel of some other package, so it is not asked for."""
-        found: Any = super().from_dict(config_dict, return_unused_kwargs, **kwargs)
-        (found[0] if return_unused_kwargs else found).backend = "auto"
-        return found
-
-    def post_init(self) -> None:
-        """Refuse what cannot be read; transformers' own checks need optimum for some keys."""
-        self.backend = self.backend or "auto"
-        if self.bits not in BITS:
-            raise ValueError(f"GPTQ checkpoints with codes of 2, 3, 4 or 8 bits can be read, but this one has {self.bits}.")
-        if self.format not in _FORMATS:
-            raise ValueError(
-                f"GPTQ checkpoints of format {' and '.join(_FORMATS)} can be read, but this one is {self.format!r}, which is packed for a "
-                "particular kernel. Take the checkpoint that it was converted from."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object for config.json."""
-        return {key: _in_order(value) if key == "dynamic" else value for key, value in copy.deepcopy(self.described).items()}
-
-
-def _in_order(rules: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if rules is None else {_Placed(pattern, i): rule for i, (pattern, rule) in enumerate(rules.items())}
-
-
-class _Placed(str):
-    """A key that sorts by its place. transformers writes config.json with sorted keys, but of rules the first match wins."""
-
-    __slots__ = ("place",)
-
-    def __new__(cls, text: str, place: int = 0) -> "_Placed":
-        self = super().__new__(cls, text)
-        self.place = place
-        return self
-
-    def __lt__(self, other: str) -> bool:
-        return self.place < other.place if isinstance(other, _Placed) else super().__lt__(other)
+    for module in (transformers, quantization_config):
+        vars(module)["GPTQConfig"] = GPTQConfig
+    transformers.PreTrainedConfig.save_pretrained = save_config
 
 
 class GptqQuantizer(HfQuantizer):
@@ -98,14 +53,19 @@ class GptqQuantizer(HfQuantizer):
     quantization_config: GPTQConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
-        """Raises ValueError for a checkpoint that is not quantized yet."""
+        """For a checkpoint that is not quantized yet, raises ValueError where the config asks for what cannot be done."""
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
-            raise ValueError(
-                "This checkpoint is not quantized, and gptq_fn does not quantize while loading. "
-                "Quantize it first with `gptq-fn quantize SRC DST`, then load DST without a quantization_config."
-            )
+            request.read(quantization_config)  # before the weights are loaded, which takes a while
         self._absent_g_idx: dict[str, torch.Tensor] = {}
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError where weights that are to be quantized would be on a disk."""
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "The device map puts weights on the disk, where they cannot be quantized. Give more memory with max_memory, pass "
+                "device_map='cpu', or use `gptq-fn quantize SRC DST`, which holds one block in memory at a time."
+            )
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[str] | None = None, tensors: Mapping[str, torch.Tensor] | None = None, **kwargs: Any
@@ -114,6 +74,8 @@ class GptqQuantizer(HfQuantizer):
 
         Raises ValueError where there is no such linear, or its tensors do not fit.
         """
+        if not self.pre_quantized:
+            return
         if tensors is None:
             if checkpoint_files is None:
                 raise ValueError("A quantized model is loaded from safetensors files, not from a state_dict; see gptq_fn.interop.to_hf.")
@@ -156,6 +118,10 @@ class GptqQuantizer(HfQuantizer):
         return linear
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            self.remove_quantization_config(model)  # it is a float model
+            on_load.quantize(model, self.quantization_config)
+            return model
         for name, linear in _quantized(model):
             linear.requires_grad_(False)  # the loader has made the floating ones trainable
             if name in self._absent_g_idx:  # what a missing tensor holds now is uninitialized memory
