@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if path == "/api/whoami-v2":
             self._json({"name": USER, "type": "user", "orgs": []})
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(?:[^/]+))?(?:/.*)?", path):
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/[^/]+(/.+)?)?", path):
             files = self.server.repositories.get(found[1])
             if files is None:
                 self._missing("RepoNotFound")
