@@ -30,7 +30,7 @@ def quantize_experts(
     p: BlockParams,
     tap: Tap,
     states: Sequence[State],
-    keeps: Sequence[Bool[Array, "batch time"]],
+    keeps: Sequence[Bool[Array, "_ _"]],
     plan: Mapping[str, QuantConfig],
     names: Mapping[str, str],
 ) -> Iterator[tuple[str, QuantizedLinear, tuple[LinearReport, ...]]]:
@@ -60,7 +60,7 @@ def _gather(
     p: BlockParams,
     tap: Tap,
     states: Sequence[State],
-    keeps: Sequence[Bool[Array, "batch time"]],
+    keeps: Sequence[Bool[Array, "_ _"]],
     first: int,
     chunk: int,
     *,

@@ -1,20 +1,17 @@
 """transformers models to and from (params, spec), held in memory on both sides."""
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from gptq_fn import ModelSpec, Quantized, spec_from_config
+from gptq_fn_interop.in_memory import arrays_of
 from gptq_fn_interop.params import read_params
-from gptq_fn_interop.stored import reverted
 from gptq_fn_interop.stream import model_config, save_gptq
-from gptq_fn_interop.tensors import to_numpy, to_torch
+from gptq_fn_interop.tensors import to_torch
 
 
 def from_hf(model: PreTrainedModel) -> tuple[dict[str, Any], ModelSpec]:
@@ -25,7 +22,7 @@ def from_hf(model: PreTrainedModel) -> tuple[dict[str, Any], ModelSpec]:
     config = json.loads(model.config.to_json_string())
     described = config.pop("quantization_config", None)
     spec = spec_from_config(config)
-    return read_params(spec, _Arrays(reverted(model, model.state_dict())), described), spec
+    return read_params(spec, arrays_of(model), described), spec
 
 
 def to_hf(quantized: Quantized, config: PreTrainedConfig | None = None) -> PreTrainedModel:
@@ -47,19 +44,3 @@ def to_hf(quantized: Quantized, config: PreTrainedConfig | None = None) -> PreTr
             f"the parameters, {sorted(found['unexpected_keys'])[:3]} not in the model."
         )
     return model.eval()
-
-
-class _Arrays(Mapping[str, np.ndarray]):
-    """A state dict as arrays, each copied when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]):
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return to_numpy(self._tensors[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)

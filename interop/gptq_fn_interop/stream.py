@@ -29,7 +29,7 @@ from gptq_fn import (
 from gptq_fn.check import Shapes
 from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.gptq_format import quantization_config, unpackable, zeros_version
-from gptq_fn_interop.params import dense_shapes, read_block, read_params, read_top, write_block, write_params, write_top
+from gptq_fn_interop.params import Tensors, dense_shapes, read_block, read_params, read_top, write_block, write_params, write_top
 from gptq_fn_interop.shards import SHARD_BYTES, ShardWriter, staged, write_json
 
 COMPANIONS = (
@@ -71,30 +71,46 @@ def quantize_checkpoint(
     checkpoint, spec = open_source(source, config, spec)
     check_tokens(calib, checkpoint.shapes[spec.embedding][0])
 
-    # On CPUs, XLA's Cholesky runs in SciPy's BLAS, whose threads spin while XLA's own are at work: one is faster.
-    with staged(destination) as aside, threadpool_limits(1, "blas"):
+    with staged(destination) as aside:
         writer = ShardWriter(aside, shard_bytes)
-        top = read_top(spec, checkpoint)
+        quantized, embedding, report = quantize_tensors(spec, checkpoint, calib, config, writer.add, progress)
+        writer.close()
+        described = checkpoint.config if spec.origin is None else model_config(quantized)
+        describe(aside, described, embedding, report)
+        write_json(aside / "report.json", report.as_dict())
+        copy_companions(Path(source), aside)
+    return report
+
+
+def quantize_tensors(
+    spec: ModelSpec,
+    tensors: Tensors,
+    calib: Samples,
+    config: QuantConfig,
+    add: Callable[[str, np.ndarray], None],
+    progress: Progress | None,
+) -> tuple[ModelSpec, np.dtype, Report]:
+    """Quantize a model, of which `tensors` are read block by block, and `add` each tensor of the quantized one.
+
+    Returns the spec of the quantized model, which may have a head of its own, the dtype of its embedding, and the report.
+    """
+    # On CPUs, XLA's Cholesky runs in SciPy's BLAS, whose threads spin while XLA's own are at work: one is faster.
+    with threadpool_limits(1, "blas"):
+        top = read_top(spec, tensors)
         batches = [batch._replace(x=batch.x.astype(compute_dtype(batch.x.dtype))) for batch in embed_batches(spec, top, calib)]
         zeros, reports = zeros_version(config), []
-        blocks = (read_block(spec, i, checkpoint) for i in range(len(spec.blocks)))
+        blocks = (read_block(spec, i, tensors) for i in range(len(spec.blocks)))
         for i, (p, found, after) in enumerate(quantize_blocks(spec, blocks, batches, config)):
             batches = after
             for name, array in write_block(spec, i, p, zeros):
-                writer.add(name, array)
+                add(name, array)
             reports.extend(found)
             if progress:
                 progress(i + 1, len(spec.blocks), found)
         spec, top, found = quantize_head(spec, top, batches, config)
         for name, array in write_top(spec, top, zeros):
-            writer.add(name, array)
-        writer.close()
-        report = Report(config, (*reports, *found))
-        described = checkpoint.config if spec.origin is None else model_config(spec)
-        describe(aside, described, top["embed"]["weight"].dtype, report)
-        write_json(aside / "report.json", report.as_dict())
-        copy_companions(Path(source), aside)
-    return report
+            add(name, array)
+    return spec, top["embed"]["weight"].dtype, Report(config, (*reports, *found))
 
 
 def open_source(source: str | Path, config: QuantConfig, spec: ModelSpec | None = None) -> tuple[Checkpoint, ModelSpec]:
@@ -109,7 +125,7 @@ def open_source(source: str | Path, config: QuantConfig, spec: ModelSpec | None 
     checkpoint = checkpoint.aligned(spec)
     head_plan(spec, config)
     shapes = dense_shapes(checkpoint.shapes, spec)
-    if problems := (*check(spec, shapes), *_unstorable(spec, shapes, config)):
+    if problems := (*check(spec, shapes), *unstorable(spec, shapes, config)):
         raise ValueError(
             f"{source} cannot be quantized: {' '.join(problems[:5])}" + f" (and {len(problems) - 5} more)" * (len(problems) > 5)
         )
@@ -155,7 +171,7 @@ def model_config(spec: ModelSpec) -> dict[str, Any]:
     return json.loads(spec.origin)
 
 
-def _unstorable(spec: ModelSpec, shapes: Shapes, config: QuantConfig) -> Iterator[str]:
+def unstorable(spec: ModelSpec, shapes: Shapes, config: QuantConfig) -> Iterator[str]:
     """Which linears the configuration makes impossible to store, and why."""
     linears = ((i, linear) for i, block in enumerate(spec.blocks) for linear in block.linears)
     stored = {name: (linear.stored, linear.quantize) for i, linear in linears for name in spec.names_of(i, linear)}

@@ -36,7 +36,7 @@ class ModelWriter:
     def __init__(self, model: nn.Module, directory: Path, shard_bytes: int):
         """What is not quantized is written as the model holds it now; tied tensors once."""
         self._model, self._directory, self._shards = model, directory, ShardWriter(directory, shard_bytes)
-        self._rest = _own_tensors(model)
+        self._rest = own_tensors(model)
         if isinstance(model, PreTrainedModel):
             if model.can_generate() and model.generation_config is not None:
                 model.generation_config.save_pretrained(directory)  # which refuses some: better now than after hours
@@ -79,14 +79,19 @@ def install(model: nn.Module, layers: Mapping[str, QuantLinear], exact: Report) 
     for name, linear in layers.items():
         model.set_submodule(name, linear)
     if isinstance(model, PreTrainedModel):
-        quantizer: Any = GptqQuantizer(GPTQConfig.from_dict(quantization_config(exact)), pre_quantized=True)
-        quantizer.preprocess_model(model, tensors={})
-        model.hf_quantizer = quantizer
-        quantizer.postprocess_model(model)
+        adopt(model, {}, exact)
 
 
-def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without what is tied to another tensor of it; nothing is copied."""
+def adopt(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], report: Report) -> None:
+    """Make the model what it would be if it had been loaded with these quantized tensors, under the names of its checkpoint."""
+    quantizer: Any = GptqQuantizer(GPTQConfig.from_dict(quantization_config(report)), pre_quantized=True)
+    quantizer.preprocess_model(model, tensors=tensors)
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+
+
+def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without what is tied to another tensor of it or not to be saved; nothing is copied."""
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     if isinstance(model, PreTrainedModel):
         for name in model._keys_to_ignore_on_save or ():

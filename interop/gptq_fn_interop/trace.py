@@ -65,7 +65,7 @@ def trace(
     """
     if definition is not None:
         blocks, layers = _autogptq(model, definition)
-    tokens = as_tokens(model, example)
+    tokens = max(as_tokens(model, example), key=lambda some: some.shape[1])
     with evaluating(model):
         versions = {name: parameter._version for name, parameter in model.named_parameters()}
         items = _find_blocks(model, tokens, blocks)
@@ -78,16 +78,23 @@ def trace(
         return Trace(traced, tuple(left.items()), _carry(model, list(items.values()), tokens, outputs))
 
 
-def as_tokens(model: nn.Module, tokens: Any) -> torch.Tensor:
-    """Token ids as int64 [samples, time] on the model's device. Raises ValueError where they, or the model's weights, do not serve."""
+def as_tokens(model: nn.Module, tokens: Any) -> list[torch.Tensor]:
+    """Token ids as int64 [samples, time] on the model's device, samples of one length together, in the order of their first.
+
+    `tokens` is an array [samples, time] or a sequence of samples of any lengths. Raises ValueError where they, or the
+    model's weights, do not serve.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     if any(t.is_meta for t in tensors) or not tensors:
         raise ValueError(f"Some weights of this {type(model).__name__} are on the meta device, without values; load or move them first.")
-    array = np.asarray(tokens.cpu() if isinstance(tokens, torch.Tensor) else tokens)
+    samples = [np.asarray(sample.cpu() if isinstance(sample, torch.Tensor) else sample) for sample in tokens]
     known = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    check_tokens(array, embedding.num_embeddings if isinstance(embedding, nn.Embedding) else max(known, default=2**31))
-    return torch.as_tensor(array.astype(np.int64), device=tensors[0].device)
+    check_tokens(samples, embedding.num_embeddings if isinstance(embedding, nn.Embedding) else max(known, default=2**31))
+    alike: dict[int, list[np.ndarray]] = {}
+    for sample in samples:
+        alike.setdefault(len(sample), []).append(sample)
+    return [torch.as_tensor(np.stack(some).astype(np.int64), device=tensors[0].device) for some in alike.values()]
 
 
 def _autogptq(model: nn.Module, definition: Any) -> tuple[str, Sequence[Sequence[str]] | None]:

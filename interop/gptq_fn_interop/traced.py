@@ -62,16 +62,18 @@ def quantize_traced(
     With a `destination`, a checkpoint in the GPTQ format appears there, complete or not at all, and the model is left as
     it was. Without one, the linears of the model become QuantLinears, in place and after all of them are computed.
 
-    `calib` holds token ids [samples, time] without padding; `traced` is by default the `trace` of the first ones, up to
-    2,048 tokens. The model runs in its own dtype on its own device, weights are solved in float32. Rules go by the names
-    of modules. A linear that cannot be quantized stays float, and `left` of the report says why; so do routers, unless a rule matches them.
+    `calib` holds token ids [samples, time], or samples of any lengths; `traced` is by default the `trace` of some of the
+    longest, up to 2,048 tokens. The model runs in its own dtype on its own device, weights are solved in float32. Rules go
+    by the names of modules. A linear that cannot be quantized stays float, and `left` of the report says why; so do
+    routers, unless a rule matches them.
     Raises ValueError or FileExistsError in a sentence where the model, the tokens, the trace or the destination are at fault.
     """
     config = config or QuantConfig()
     if destination is not None:
         require_vacant(Path(destination))
     tokens = as_tokens(model, calib)
-    traced = traced or trace(model, tokens[: max(1, 2048 // tokens.shape[1])])
+    longest = max(tokens, key=lambda some: some.shape[1])
+    traced = traced or trace(model, longest[: max(1, 2048 // longest.shape[1])])
     linears = _linears(model, traced)
     stored = stored_names(model, [*linears, *(name for name, _ in traced.left)])
     plan, left = _plan(linears, stored, config)
@@ -102,15 +104,16 @@ def quantize_traced(
 
 
 def quantized_steps(
-    model: nn.Module, traced: Trace, tokens: torch.Tensor, plan: Mapping[str, QuantConfig], config: QuantConfig
+    model: nn.Module, traced: Trace, tokens: Sequence[torch.Tensor], plan: Mapping[str, QuantConfig], config: QuantConfig
 ) -> Generator[QuantizedStep]:
     """Each block of the trace quantized, in order; the next one sees its inputs as the quantized blocks make them.
 
-    Only the linears in `plan` are. Close the generator to give the model its own weights back before the end.
+    `tokens` are int64 [samples, time], of one length in each. Only the linears in `plan` are quantized. Close the generator
+    to give the model its own weights back before the end.
     """
     blocks = [model.get_submodule(block.name) for block in traced.blocks]
-    size = max(1, TOKENS_PER_CALL.get(tokens.device.type, 4096) // tokens.shape[1])
-    batches = tokens.split(size)
+    limit = TOKENS_PER_CALL.get(tokens[0].device.type, 4096)
+    batches = [batch for some in tokens for batch in some.split(max(1, limit // some.shape[1]))]
     kept: list[list[Any]] = [[] for _ in batches]
 
     def run(j: int, b: int) -> Any:
