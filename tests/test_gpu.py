@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from gptq_fn_interop.tensors import to_jax, to_torch
 
 from gptq_fn import Hessian, QuantConfig, add_rows, dequantize, empty, factor, solve
 
@@ -38,3 +40,20 @@ def test_solutions_agree(order: str, bits: int, sym: bool, group_size: int | Non
 
 def damping(h: np.ndarray, damp: float) -> np.ndarray:
     return damp * np.diag(h).mean() * np.eye(len(h))
+
+
+def test_jax_leaves_the_memory_of_the_gpu_to_torch() -> None:
+    """`gptq_fn_interop` has been imported, so JAX takes what it needs and not three quarters of the GPU."""
+    held = jnp.ones((1024, 1024)) @ jnp.ones((1024, 1024))
+    assert float(held[0, 0]) == 1024
+    free, total = torch.cuda.mem_get_info()
+    assert free > 0.8 * total
+
+
+def test_the_door_takes_tensors_of_a_gpu() -> None:
+    t = torch.randn(33, 7, dtype=torch.bfloat16, device="cuda")
+    a = to_jax(t)
+    assert next(iter(a.devices())).platform == "gpu"
+    expected = t.cpu().clone()
+    t.zero_()  # would be seen in memory that is shared
+    assert torch.equal(to_torch(a), expected)

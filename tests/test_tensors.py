@@ -1,5 +1,9 @@
 """The door between torch and JAX keeps every bit and shares no memory."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -123,3 +127,12 @@ def test_what_torch_cannot_hold_is_refused(a: np.ndarray) -> None:
 def test_random_keys_are_refused() -> None:
     with pytest.raises(TypeError, match="torch has no counterpart"):
         to_torch(jax.random.key(0))
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "false"), ("true", "true")])
+def test_jax_is_asked_to_leave_memory_to_torch_unless_the_user_chose(chosen: str | None, expected: str) -> None:
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    told = {key: value for key, value in os.environ.items() if key != name} | ({} if chosen is None else {name: chosen})
+    program = f"import os, gptq_fn_interop; print(os.environ[{name!r}])"
+    found = subprocess.run([sys.executable, "-c", program], env=told, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == expected
