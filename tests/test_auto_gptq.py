@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -47,6 +48,7 @@ CONFIGS: dict[str, Any] = {
     "opt": OPTConfig(vocab_size=259, ffn_dim=64, word_embed_proj_dim=64, max_position_embeddings=512, pad_token_id=0, **SIZES),
     "qwen2": Qwen2Config(vocab_size=259, tie_word_embeddings=True, **GATED),
 }
+COMMIT = "0123456789" * 4
 IDS = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -281,6 +283,23 @@ def loaded(written: Any) -> Any:
     directory, tensors, _ = written
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return AutoGPTQForCausalLM.from_quantized(directory, device="cpu")
+
+
+def test_models_of_the_hub_load_by_name(written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From huggingface_hub's own cache, as when the hub cannot be reached."""
+    directory, tensors, model = written
+    save_file(tensors, directory / "gptq_model-4bit-32g.safetensors", {"format": "pt"})
+    kept = tmp_path / "cache" / "models--me--old-GPTQ"
+    (kept / "snapshots").mkdir(parents=True)
+    directory.rename(kept / "snapshots" / COMMIT)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    loaded = AutoGPTQForCausalLM.from_quantized("me/old-GPTQ", device="cpu", use_safetensors=True, use_triton=False)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="the hub has no such model"):
+        AutoGPTQForCausalLM.from_quantized("me/another-GPTQ")
 
 
 def test_another_base_name_and_metadata(loaded: Any, tmp_path: Path) -> None:
