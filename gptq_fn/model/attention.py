@@ -18,14 +18,14 @@ from gptq_fn.spec import AlibiSpec, AttentionSpec, RopeSpec
 class Cache(NamedTuple):
     """Keys and values of the tokens before the current ones, in buffers of a fixed length; `used` of each sample are valid."""
 
-    k: Float[Array, "batch length kv_heads dim"]
-    v: Float[Array, "batch length kv_heads value_dim"]
+    k: Float[Array, "batch kv_heads length dim"]
+    v: Float[Array, "batch kv_heads length value_dim"]
     used: Int[Array, " batch"]
 
 
 def resized(cache: Cache, length: int, used: Int[Array, " batch"]) -> Cache:
     """A cache for `length` tokens, more than this one's, of which `used` of each sample are valid."""
-    k, v = (jnp.pad(a, ((0, 0), (0, length - a.shape[1]), (0, 0), (0, 0))) for a in (cache.k, cache.v))
+    k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, length - a.shape[2]), (0, 0))) for a in (cache.k, cache.v))
     return Cache(k, v, used)
 
 
@@ -45,7 +45,7 @@ def attention(
         q, k = _normalized(spec, p, q, k)
     after = append(cache, k, v)
     scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-    bias = alibi(spec.position, spec.heads, after.k.shape[1], scale) if isinstance(spec.position, AlibiSpec) else None
+    bias = alibi(spec.position, spec.heads, after.k.shape[2], scale) if isinstance(spec.position, AlibiSpec) else None
     options = {"window": spec.window, "softcap": spec.softcap, "bias": bias, "sinks": p["sinks"] if spec.sinks else None}
     return mix(q, after.k, after.v, positions, scale=scale, causal=cache is None, **options), after
 
@@ -56,12 +56,13 @@ def positions_of(x: Float[Array, "batch time width"], cache: Cache | None) -> In
     return start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
 
 
-def append(cache: Cache | None, k: Array, v: Array) -> Cache:
+def append(cache: Cache | None, k: Float[Array, "batch time kv_heads dim"], v: Float[Array, "batch time kv_heads value_dim"]) -> Cache:
     """The cache with these keys and values of each sample behind those it holds; one that is just these without a cache."""
     batch, time = k.shape[:2]
+    k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
     if cache is None:
         return Cache(k, v, jnp.full(batch, time, jnp.int32))
-    put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    put = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
     k, v = (put(held, new.astype(held.dtype), cache.used) for held, new in ((cache.k, k), (cache.v, v)))
     return Cache(k, v, cache.used + time)
 

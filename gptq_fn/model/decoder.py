@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gptq_fn.model.attention import Cache
 from gptq_fn.model.block import BlockParams, block
 from gptq_fn.model.linear import linear
 from gptq_fn.model.norm import norm
@@ -52,17 +53,19 @@ def unembed(spec: ModelSpec, top: Mapping[str, Any], x: Float[Array, "batch time
 def forward(spec: ModelSpec, params: Params, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocab"]:
     """Logits for each token; weights may be float or quantized, block by block and role by role."""
     shell = replace(spec, blocks=())
-    x = _embed(shell, params["top"], tokens)
+    x = run_embed(shell, params["top"], tokens)
     for block_spec, p in zip(spec.blocks, params["blocks"], strict=True):
-        x = _block(block_spec, p, x)
+        x, _ = run_block(block_spec, p, x)
     return _unembed(shell, params["top"], x)
 
 
 # Blocks are compiled one by one, so that a model costs one compilation for each distinct block, whatever its depth.
-_embed = jax.jit(embed, static_argnames="spec")
+run_embed = jax.jit(embed, static_argnames="spec")
 _unembed = jax.jit(unembed, static_argnames="spec")
 
 
-@partial(jax.jit, static_argnames="spec")
-def _block(spec: BlockSpec, p: BlockParams, x: Array) -> Array:
-    return block(spec, p, x)[0]
+@partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def run_block(spec: BlockSpec, p: BlockParams, x: Array, cache: Cache | None = None) -> tuple[Array, Cache]:
+    """The block's output, and the cache with these tokens appended, in the memory of the one given."""
+    x, _, cache = block(spec, p, x, cache)
+    return x, cache

@@ -11,10 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gptq_fn.model.attention import Cache, resized
-from gptq_fn.model.block import BlockParams, block
-from gptq_fn.model.decoder import Params, embed, unembed
+from gptq_fn.model.decoder import Params, embed, run_block, run_embed, unembed
 from gptq_fn.model.sampling import choose, require_sound
-from gptq_fn.spec import BlockSpec, ModelSpec
+from gptq_fn.spec import ModelSpec
 
 _ROOM = 64
 """Caches have room for a multiple of this many tokens, so that texts of about one length share their programs."""
@@ -43,10 +42,10 @@ def generate(
     padded on the left: `keep` is False for padding, which nothing attends to and no position counts. Behind one of the
     `end` tokens comes `pad`, by default the first of `end`; when every text has ended, generating stops.
 
-    Each distinct block is one program for prompts and one for a step, so compiling costs the same at any depth. One
-    program of a whole step takes seconds more for 30 blocks and is no faster; with the loop inside as well, XLA
-    dequantizes before the loop, and all weights are in memory as float32. Raises ValueError where options contradict
-    each other or what is known of the model.
+    Each distinct block is one program for prompts and one for a step, so compiling costs the same at any depth, and one
+    block's weights at a time are dequantized. A program of the whole step would compile in proportion to the depth, and
+    XLA holds the dequantized weights of all blocks in it at once. Nothing but the looks waits for the device. Raises
+    ValueError where options contradict each other or what is known of the model.
     """
     require_sound(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
     prompts, lengths = _left_aligned(tokens, keep)
@@ -62,7 +61,7 @@ def generate(
         if i == n or (len(ends) and i % _LOOK == 0 and bool(text.ended.all())):
             break
         for j, (block_spec, p) in enumerate(zip(spec.blocks, params["blocks"], strict=True)):
-            x, caches[j] = _step(block_spec, p, x, caches[j])
+            x, caches[j] = run_block(block_spec, p, x, caches[j])
     return jnp.concatenate([tokens, text.tokens.astype(tokens.dtype)], axis=1)
 
 
@@ -78,26 +77,14 @@ def _read(
     spec: ModelSpec, params: Params, prompts: Int[Array, "batch time"], lengths: Int[Array, " batch"], *, room: int
 ) -> tuple[Float[Array, "batch 1 width"], list[Cache]]:
     """What leaves the last block at the end of each prompt, and the caches of the blocks."""
-    x, caches = _embed(replace(spec, blocks=()), params["top"], prompts), []
+    x, caches = run_embed(replace(spec, blocks=()), params["top"], prompts), []
     for block_spec, p in zip(spec.blocks, params["blocks"], strict=True):
-        x, cache = _prefill(block_spec, p, x, lengths, room=room)
-        caches.append(cache)
+        x, cache = run_block(block_spec, p, x)
+        caches.append(_resized(cache, room, lengths))
     return jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1), caches
 
 
-_embed = jax.jit(embed, static_argnames="spec")
-
-
-@partial(jax.jit, static_argnames=("spec", "room"))
-def _prefill(spec: BlockSpec, p: BlockParams, x: Array, lengths: Array, *, room: int) -> tuple[Array, Cache]:
-    x, _, cache = block(spec, p, x)
-    return x, resized(cache, room, lengths)
-
-
-@partial(jax.jit, static_argnames="spec", donate_argnames="cache")
-def _step(spec: BlockSpec, p: BlockParams, x: Array, cache: Cache) -> tuple[Array, Cache]:
-    x, _, cache = block(spec, p, x, cache)
-    return x, cache
+_resized = jax.jit(resized, static_argnames="length")
 
 
 @partial(jax.jit, static_argnames=("spec", "top_k"), donate_argnames="text")

@@ -10,8 +10,8 @@ _QUERIES = 128
 
 def mix(
     q: Float[Array, "batch time heads dim"],
-    k: Float[Array, "batch length kv_heads dim"],
-    v: Float[Array, "batch length kv_heads value_dim"],
+    k: Float[Array, "batch kv_heads length dim"],
+    v: Float[Array, "batch kv_heads length value_dim"],
     positions: Int[Array, "#batch time"],
     *,
     scale: float,
@@ -28,7 +28,7 @@ def mix(
     a cache, and all scores at once would be most of the memory.
     """
     batch, time, heads, dim = q.shape
-    length, kv_heads, value_dim = v.shape[1:]
+    kv_heads, length, value_dim = v.shape[1:]
     share = heads // kv_heads
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     biases = jnp.zeros((heads, 1), jnp.float32) if bias is None else bias
@@ -64,7 +64,9 @@ def mix(
         return jnp.broadcast_to(shared, (batch, *shared.shape[1:])).reshape(-1, *shared.shape[2:])
 
     q = q.reshape(batch, time, kv_heads, share, dim).transpose(0, 2, 3, 1, 4).reshape(-1, share, time, dim)
-    k, v = (a.transpose(0, 2, 1, 3).reshape(-1, length, a.shape[-1]) for a in (k, v))
+    k, v = (a.reshape(-1, length, a.shape[-1]) for a in (k, v))
     here = jnp.repeat(jnp.broadcast_to(positions, (batch, time)), kv_heads, axis=0)
-    mixed = jax.lax.map(one, (q, k, v, by_head(biases), by_head(rest), here)).reshape(batch, kv_heads, share, time, value_dim)
+    heads_of = q, k, v, by_head(biases), by_head(rest), here
+    mixed = jax.vmap(one)(heads_of) if time == 1 else jax.lax.map(one, heads_of)  # the scores of one query are few
+    mixed = mixed.reshape(batch, kv_heads, share, time, value_dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * value_dim)
