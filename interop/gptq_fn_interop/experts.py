@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gptq_fn_interop.adapters import keep_names
+
 ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 """What the linears of one expert are called on disk."""
 
@@ -26,7 +28,7 @@ def inputs_of(fused: Any, name: str) -> int:
 class Experts(nn.Module):
     """The experts of a block with a module of linears each: the state dict reads "0.gate_proj.qweight" and so on.
 
-    What a gate does is asked of the module that it replaces.
+    What a gate does is asked of the module that it replaces. Adapters find the linears under those names.
     """
 
     fused: Any
@@ -48,6 +50,7 @@ class Experts(nn.Module):
         for name in list(fused._parameters):
             fused.register_parameter(name, None)
         self.__dict__["fused"] = fused  # not a submodule: it has nothing left to load or to save
+        keep_names(Experts)
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """[tokens, width] -> [tokens, width]: each token's experts, by index and weight [tokens, top_k], summed."""

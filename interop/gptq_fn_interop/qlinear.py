@@ -9,6 +9,7 @@ from gptq_fn_kernels import Packed, Prepared, dequantize, multiply, prepare
 from torch import nn
 
 from gptq_fn_interop.gptq_format import zeros_of
+from gptq_fn_interop.weight import DequantizedWeight, refuse
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """A one in every field of a word."""
@@ -27,8 +28,11 @@ class QuantLinear(nn.Linear):
     """y = x W^T + b with W quantized. The state dict is the checkpoint's: qweight, qzeros, scales, g_idx and bias, unchanged.
 
     It is an `nn.Linear` with a `weight`, which is what PEFT and transformers look for; that weight is dequantized at each
-    access and writing to it changes nothing. Scales are a parameter, so that the layer has one, but frozen. Activations
-    may have any floating dtype, whatever the scales' is; gradients reach them.
+    access, and writing to it or assigning another raises ValueError. Scales are a parameter, so that the layer has one,
+    but frozen. Activations may have any floating dtype, whatever the scales' is; gradients reach them.
+
+    So PEFT's adapters train on it as on any linear layer. Initializations that take something off the base weight
+    (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA) are refused: they belong on the float model, before it is quantized.
     """
 
     qweight: torch.Tensor
@@ -60,10 +64,12 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The dequantized weight [out, in] in the scales' dtype: a new tensor at each access, on the meta device while loading."""
+        """The dequantized weight [out, in] in the scales' dtype: a new tensor to read at each access, on the meta device while loading."""
         if self.loading:
             return torch.empty(self.out_features, self.in_features, dtype=self.scales.dtype, device="meta")
-        return dequantize(self.packed, self.scales.dtype)
+        weight = dequantize(self.packed, self.scales.dtype)
+        # torch.compile does not trace the subclass, and nothing initializes or merges adapters in compiled code.
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(DequantizedWeight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out] in the input's dtype."""
@@ -104,6 +110,11 @@ class QuantLinear(nn.Linear):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._derived = None  # values are copied into the same tensors
         super()._load_from_state_dict(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # nn.Module would answer that the attribute exists already, or has no setter
+            refuse()
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_derived": None}  # copies and pickles derive their own
