@@ -15,6 +15,7 @@ from gptq_fn_interop.auto_gptq.examples import samples
 from gptq_fn_interop.auto_gptq.modeling import BaseGPTQForCausalLM
 from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.qlinear import QuantLinear
+from gptq_fn_interop.stream import load_gptq
 from gptq_writer import Scheme, random_linear
 from hypothesis import given
 from hypothesis import strategies as st
@@ -311,6 +312,7 @@ def test_another_base_name_and_metadata(loaded: Any, tmp_path: Path) -> None:
     assert torch.equal(logits(in_transformers(out)), logits(loaded))  # by an entry of config.json
     assert json.loads((out / "quantize_config.json").read_text())["model_file_base_name"] == "gptq_model-4bit-32g"
     assert BaseQuantizeConfig.from_pretrained(out).model_file_base_name == "gptq_model-4bit-32g"
+    assert len(load_gptq(out)[0]["blocks"]) == len(loaded.model.model.layers)
 
     loaded.save_quantized(out, max_shard_size="50KB")  # the file of before would be loaded beside the shards by some engines
     assert not (out / "gptq_model-4bit-32g.safetensors").exists()

@@ -23,9 +23,9 @@ HARMLESS = frozenset({
     "router_aux_loss_coef", "router_jitter_noise", "scale_attention_softmax_in_fp32", "sep_token_id", "seq_aux", "seq_length",
     "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
     "summary_type", "summary_use_proj", "task_specific_params", "temperature", "tokenizer_class", "tokenizer_name", "top_k", "top_p",
-    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
-    "unsloth_version", "use_bfloat16", "use_cache", "use_parallel_embedding", "use_return_dict", "validate_runner_input", "verbose",
-    "vocab_size", "word_embed_proj_dim",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "transformers_weights", "typical_p", "unk_token_id",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "use_parallel_embedding", "use_return_dict", "validate_runner_input",
+    "verbose", "vocab_size", "word_embed_proj_dim",
 })
 # fmt: on
 """Keys that do not change the logits, or only say what the shapes of the tensors say too."""
