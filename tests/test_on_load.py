@@ -53,7 +53,7 @@ def linears(model: Any) -> dict[str, QuantLinear]:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS).logits
+        return model(IDS.to(model.device)).logits
 
 
 # the whole way
@@ -102,6 +102,28 @@ def test_the_device_map_may_be_auto(dense: Path) -> None:
     model = load(dense, GPTQConfig(**USUAL), device_map="auto", max_memory={"cpu": "1GiB"})
     model.to("cpu")
     assert torch.equal(logits(model), logits(load(dense, GPTQConfig(**USUAL))))
+
+
+def test_a_model_in_half_precision(dense: Path, tmp_path: Path) -> None:
+    """Asked for with the config as plain data."""
+    model = load(dense, {**USUAL, "quant_method": "gptq"}, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.gpu
+def test_a_model_that_the_gpu_does_not_hold(dense: Path) -> None:
+    """Half on the GPU and half on the CPU, before and after."""
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers": 0, "model.norm": "cpu", "lm_head": "cpu"}
+    model = load(dense, GPTQConfig(**USUAL), device_map=places)
+    assert {q.qweight.device.type for q in linears(model).values()} == {"cuda"}
+    torch.testing.assert_close(logits(model).cpu(), logits(load(dense, GPTQConfig(**USUAL))), rtol=1e-3, atol=1e-3)
+    whole = load(dense, GPTQConfig(**USUAL), device_map="auto")
+    assert whole.device.type == "cuda"
+    torch.testing.assert_close(logits(whole).cpu(), logits(model).cpu(), rtol=1e-3, atol=1e-3)
 
 
 def test_weights_on_the_disk_are_refused_before_they_are_loaded(dense: Path, tmp_path: Path) -> None:

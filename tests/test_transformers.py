@@ -136,6 +136,17 @@ def test_weights_may_stay_on_the_disk(tmp_path: Path, buffers: bool) -> None:
     assert model.model.layers[1].mlp.down_proj.qweight.is_meta == buffers
     assert_equal_logits(model, case)
     assert_equal_logits(model, case)
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == case.tensors.keys()
+    assert all(torch.equal(saved[name], t) for name, t in case.tensors.items())
+
+
+def test_what_max_memory_leaves_no_room_for_stays_on_the_disk(tmp_path: Path) -> None:
+    case = checkpoint(tmp_path, "llama", Scheme())
+    model = load(tmp_path, device_map="auto", max_memory={"cpu": "60KB"}, offload_folder=tmp_path / "offloaded")
+    assert {"cpu", "disk"} == set(model.hf_device_map.values())
+    assert_equal_logits(model, case)
 
 
 def test_generate_and_pipeline(tmp_path: Path) -> None:
@@ -359,6 +370,29 @@ def test_saving_changes_nothing(tmp_path: Path, family: str, shard: str) -> None
     for file in ("config.json", "quantize_config.json"):  # transformers sorts keys, but of rules the first match wins
         text = (tmp_path / "saved" / file).read_text()
         assert text.index("z_first") < text.index("m_second") < text.index("a_third")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
+def test_saving_in_shards_keeps_a_head_and_experts(tmp_path: Path) -> None:
+    config = transformers.Qwen3MoeConfig(
+        **GATED, **TOKENS, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32, decoder_sparse_step=1
+    )
+    rng = np.random.default_rng(0)
+    dense = AutoModelForCausalLM.from_config(config)
+    tensors = {name: t for name, t in dense.state_dict().items() if ".experts." not in name and name != "lm_head.weight"}
+    shapes = {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
+    experts = [(f"model.layers.{i}.mlp.experts.{n}.{role}", s) for i in (0, 1) for n in (0, 1) for role, s in shapes.items()]
+    for name, (inputs, outputs) in [("lm_head", (64, VOCAB)), *experts]:
+        tensors |= {f"{name}.{leaf}": t for leaf, t in random_linear(rng, inputs, outputs, Scheme(desc_act=True)).tensors.items()}
+    described = {**json.loads(config.to_json_string()), "quantization_config": quantization_config(Scheme(), lm_head=True)}
+    write(tmp_path, {**described, "architectures": ["Qwen3MoeForCausalLM"], "dtype": "float32"}, tensors, shards=2)
+    model = load(tmp_path)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    files = sorted((tmp_path / "saved").glob("*.safetensors"))
+    saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert len(files) > 2
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[name], t) for name, t in tensors.items())
     assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
 
 
