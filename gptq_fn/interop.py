@@ -1,5 +1,8 @@
 """The door to torch, transformers and files. Importing it makes transformers load GPTQ checkpoints by itself."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from gptq_fn_interop.calib import tokens
 from gptq_fn_interop.evaluation import Evaluation, evaluate
 from gptq_fn_interop.hf import from_hf, to_hf
@@ -11,6 +14,9 @@ from gptq_fn_interop.tensors import to_jax, to_torch
 from gptq_fn_interop.trace import Trace, TracedBlock, trace
 from gptq_fn_interop.traced import TracedReport, quantize_traced
 
+if TYPE_CHECKING:
+    from gptq_fn_interop.flax import from_flax, to_flax
+
 __all__ = [
     "Evaluation",
     "QuantLinear",
@@ -18,12 +24,14 @@ __all__ = [
     "TracedBlock",
     "TracedReport",
     "evaluate",
+    "from_flax",
     "from_hf",
     "inspect",
     "load_gptq",
     "quantize_checkpoint",
     "quantize_traced",
     "save_gptq",
+    "to_flax",
     "to_hf",
     "to_jax",
     "to_torch",
@@ -32,3 +40,10 @@ __all__ = [
 ]
 
 register()
+
+
+def __getattr__(name: str) -> object:
+    """What needs Flax, which is optional, is imported when it is asked for. Raises ImportError in a sentence without it."""
+    if name in ("from_flax", "to_flax"):
+        return getattr(import_module("gptq_fn_interop.flax"), name)
+    raise AttributeError(f"gptq_fn.interop has no {name}.")
