@@ -167,7 +167,7 @@ def test_without_g_idx_the_config_has_to_tell_the_bits():
     with pytest.raises(ValueError, match="a has no g_idx and its quantization config names no bits"):
         from_tensors(tensors, "a", {})
     with pytest.raises(ValueError, match="a has no g_idx, and 3 groups of 64 inputs do not tell"):
-        from_tensors({**tensors, "scales": tensors["scales"][:3]}, "a", {"bits": 4, "group_size": 16})
+        from_tensors({**tensors, "scales": tensors["scales"][:3], "qzeros": tensors["qzeros"][:3]}, "a", {"bits": 4, "group_size": 16})
 
 
 def damaged(**changes: Any) -> dict[str, np.ndarray]:
@@ -178,13 +178,20 @@ def damaged(**changes: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("tensors", "sentence"),
     [
-        (damaged(g_idx=np.full(64, 4, np.int32)), "a.b: group_of reaches from 4 to 4 but there are 4 groups"),
-        (damaged(g_idx=np.full(64, -1, np.int32)), "a.b: group_of reaches from -1 to -1"),
+        (damaged(g_idx=np.full(64, 4, np.int32)), "a.b.g_idx reaches from 4 to 4, but there are 4 groups"),
+        (damaged(g_idx=np.full(64, -1, np.int32)), "a.b.g_idx reaches from -1 to -1"),
         (damaged(scales=np.full((4, 32), np.inf, np.float16)), "a.b: a scale is not finite"),
-        (damaged(qweight=np.zeros((9, 32), np.int32)), "64 codes of 4 bits fill 8 words, but there are 9"),
-        (damaged(qzeros=np.zeros((4, 5), np.int32)), "32 codes of 4 bits fill 4 words, but there are 5"),
-        (damaged(qzeros=np.full((3, 4), 0x77777777, np.int32)), "do not belong together"),
-        (damaged(qweight=np.zeros((8, 31), np.int32)), "do not belong together"),
+        (damaged(qweight=np.zeros((9, 32), np.int32)), "a.b: a qweight of 9 rows does not hold 64 inputs"),
+        (
+            damaged(qzeros=np.zeros((4, 5), np.int32)),
+            r"a.b.qzeros has shape \[4, 5\], but 4 bits, 64 inputs, .* ask for \[4, 4\]",
+        ),
+        (damaged(qzeros=np.full((3, 4), 0x77777777, np.int32)), r"a.b.qzeros has shape \[3, 4\]"),
+        (damaged(qweight=np.zeros((8, 31), np.int32)), r"a.b.scales has shape \[4, 32\]"),
+        (damaged(qweight=np.zeros((8, 32), np.int64)), "a.b.qweight holds int64, but int32 is expected"),
+        (damaged(scales=np.ones((4, 32), np.int32)), "a.b.scales holds int32, but float16 or bfloat16"),
+        (damaged(g_idx=np.full(64, 2**32, np.int64)), "a.b.g_idx reaches from 4294967296"),
+        (damaged(scales=np.ones(32, np.float16)), r"a.b.scales has shape \[32\], but it has 2 dimensions"),
     ],
 )
 def test_tensors_that_do_not_belong_together_are_refused(tensors, sentence):

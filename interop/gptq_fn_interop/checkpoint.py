@@ -11,8 +11,31 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gptq_fn.spec import ModelSpec
+from gptq_fn_interop.gptq_format import differences, require_readable
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16"} | {
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""What safetensors calls the dtypes of NumPy and ml_dtypes."""
+
+READ = tuple(DTYPES.values())
+
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+KINDS: dict[str, Any] = dict.fromkeys((*LAYERS, "hidden_size", "vocab_size"), int) | {
+    **dict.fromkeys(EXPERTS, int | list | None),
+    "model_type": str,
+    "intermediate_size": int | list | None,
+}
+"""What the values of the keys that decide sizes are, where they are given."""
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -28,11 +51,16 @@ class Checkpoint(Mapping[str, np.ndarray]):
         self.config = read_json(self.directory / "config.json")
         self._stored: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._shards():
-            with _open(path) as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    self._stored[name] = path, name
-                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+        self.dtypes: dict[str, str] = {}
+        weight_map = self._weight_map()
+        for path in self._files(weight_map):
+            for name, (shape, dtype) in headers(path).items():
+                if weight_map.get(name, path.name) == path.name:
+                    self._stored[name], self.shapes[name], self.dtypes[name] = (path, name), shape, dtype
+        for name, file in weight_map.items():
+            if name not in self._stored:
+                raise ValueError(f"{INDEX} says that {name} is in {file}, but it is not; the checkpoint in {self.directory} is damaged.")
+        self._require_plausible()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -41,33 +69,63 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The object that describes the quantization, from config.json or a file of its own; None for a float checkpoint."""
-        if "quantization_config" in self.config:
-            return self.config["quantization_config"]
-        apart = self.directory / "quantize_config.json"
-        return read_json(apart) if apart.exists() else None
+        """The object that describes the quantization, from config.json or a file of its own; None for a float checkpoint.
 
-    def _shards(self) -> list[Path]:
+        Raises ValueError for one that does not describe GPTQ, or where both are there and say different things.
+        """
+        inside, path = self.config.get("quantization_config"), self.directory / "quantize_config.json"
+        apart = read_json(path) if path.exists() else None
+        for found, where in ((inside, self.directory / "config.json"), (apart, path)):
+            if found is not None:
+                require_readable(found, str(where))
+        if inside is not None and apart is not None and (keys := differences(inside, apart)):
+            raise ValueError(
+                f"config.json and quantize_config.json in {self.directory} disagree on {', '.join(keys)}; remove the one that is wrong."
+            )
+        return apart if inside is None else inside
+
+    def _weight_map(self) -> dict[str, str]:
+        """Where the index says that each tensor is; empty where there is no index."""
         index = self.directory / INDEX
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not weight_map or not isinstance(weight_map, dict):
-                raise ValueError(f"{index} has no weight_map, which says where each tensor is; the index is damaged.")
-            named = sorted(set(map(str, weight_map.values())))
-        else:
-            single = (self.directory / SINGLE).exists()
-            named = [SINGLE] if single else sorted(path.name for path in self.directory.glob("*.safetensors"))
+        if not index.exists():
+            return {}
+        weight_map = read_json(index).get("weight_map")
+        if not weight_map or not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map, which says where each tensor is; the index is damaged.")
+        for name in weight_map.values():
+            # A file may be a link, as in the hub's cache; its name may not lead out of the directory.
+            if not isinstance(name, str) or Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index} points to {name!r}, which is no file of its directory; the index is damaged or malicious.")
+        return weight_map
+
+    def _files(self, weight_map: Mapping[str, str]) -> list[Path]:
+        single = (self.directory / SINGLE).exists()
+        found = [SINGLE] if single else sorted(path.name for path in self.directory.glob("*.safetensors"))
+        named = sorted(set(weight_map.values())) or found
         if not named:
             raise FileNotFoundError(
                 f"{self.directory} has no safetensors files. Convert the checkpoint with transformers' save_pretrained first: "
                 "pickled files are never read."
             )
         for name in named:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{index} points to {name!r}, which is no file of its directory; the index is damaged or malicious.")
             if not (self.directory / name).exists():
                 raise FileNotFoundError(f"{self.directory / name} is named by {INDEX} but is not there; the checkpoint is incomplete.")
         return [self.directory / name for name in named]
+
+    def _require_plausible(self) -> None:
+        """Refuse a config with sizes that are none, or more layers or experts than there can be, before anything is built of them."""
+        for key, kinds in KINDS.items():
+            if key in self.config and (not isinstance(found := self.config[key], kinds) or isinstance(found, bool)):
+                raise ValueError(f"config.json in {self.directory} says {key} = {found!r}; that is no {key}.")
+        most = max((len(self._stored), *(size for shape in self.shapes.values() for size in shape)))
+        for keys, limit in ((LAYERS, len(self._stored)), (EXPERTS, most)):
+            for key in keys:
+                found = self.config.get(key)
+                if isinstance(found, int) and found > limit:
+                    raise ValueError(
+                        f"config.json in {self.directory} says {key} = {found}, but its files hold {len(self._stored)} tensors; "
+                        "it belongs to another checkpoint."
+                    )
 
     def aligned(self, spec: ModelSpec) -> "Checkpoint":
         """The same tensors under the names of `spec`: base models are published without the first part of each name."""
@@ -78,11 +136,14 @@ class Checkpoint(Mapping[str, np.ndarray]):
         view = copy(self)
         view._stored = {f"{prefix}.{name}": at for name, at in self._stored.items()}
         view.shapes = {f"{prefix}.{name}": shape for name, shape in self.shapes.items()}
+        view.dtypes = {f"{prefix}.{name}": dtype for name, dtype in self.dtypes.items()}
         return view
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The tensor of this name; its memory is the caller's."""
+        """The tensor of this name; its memory is the caller's. Raises ValueError for a dtype that NumPy does not have."""
         path, stored_name = self._stored[name]
+        if self.dtypes[name] not in READ:
+            raise ValueError(f"{name} in {path} is stored as {self.dtypes[name]}; tensors of {', '.join(READ)} can be read.")
         with _open(path) as file:  # a file that stays open keeps every page that was read from it in memory
             return file.get_tensor(stored_name)
 
@@ -93,11 +154,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return len(self._stored)
 
 
+def headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape and dtype of each tensor of a safetensors file. Raises ValueError in a sentence for one that is damaged."""
+    with _open(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return {name: (tuple(x.get_shape()), DTYPES.get(str(x.get_dtype()), str(x.get_dtype()))) for name, x in slices.items()}
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from None
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a readable safetensors file: {reason}. It is damaged, or not copied completely.") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,7 +177,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no {path.name} in {path.parent}; a Hugging Face checkpoint has one.")
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and for endless nesting
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, not an object.")

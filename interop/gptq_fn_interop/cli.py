@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import numpy as np
 import tyro
@@ -22,17 +22,27 @@ out = Console()
 problems = Console(stderr=True)
 
 
+Engine = Literal["transformers", "transformers+gptqmodel", "gptqmodel", "vllm", "sglang", "exllamav2", "llama.cpp"]
+
+
 @dataclass(frozen=True)
 class _Options(QuantConfig):
-    """The options of QuantConfig, with rules given as text instead."""
+    """The options of QuantConfig, with rules given as text instead. They are checked when a QuantConfig is made of them."""
 
+    group_size: int | Literal["auto"] | None = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Consecutive inputs that share a scale; None means that a whole row does. "auto" is 128 or, with --for, the first of 128,
+    64 and 32 that the engine loads."""
     rules: Suppress[tuple[Rule, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Nothing is refused yet."""
 
 
 def quantize(
     source: Positional[str],
     destination: Positional[Path],
     options: Annotated[_Options, arg(name="")] = _Options(),
+    engine: Annotated[Engine | None, arg(name="for")] = None,
     rule: Annotated[tuple[str, ...], arg(metavar="'REGEX => skip | key=value,...'")] = (),
     data: str = "pydoc",
     samples: int = 64,
@@ -47,6 +57,7 @@ def quantize(
         source: A directory with safetensors, or the name of a model on the Hugging Face hub.
         destination: Where to write; it must not exist, and appears when it is complete.
         options: How to quantize.
+        engine: Where the result shall load: the group size is chosen for it, and options that it would refuse are refused here, first.
         rule: Exceptions by name, as '.*down_proj => bits=8' or 'model[.]layers[.]0[.] => skip'; the first match wins.
         data: Calibration text: a text file, "pydoc" (CPython's documentation), c4, wikitext2, ultrachat or any hub dataset.
         samples: Number of calibration samples.
@@ -58,10 +69,16 @@ def quantize(
     from gptq_fn_interop.shards import require_vacant
 
     began = time.perf_counter()
-    base = QuantConfig(**{f.name: getattr(options, f.name) for f in fields(QuantConfig)})
-    config = replace(base, rules=tuple(parse_rule(text, base) for text in rule))
+
+    def config_of(group_size: int | None) -> QuantConfig:
+        base = QuantConfig(**{**{f.name: getattr(options, f.name) for f in fields(QuantConfig)}, "group_size": group_size})
+        return replace(base, rules=tuple(parse_rule(text, base) for text in rule))
+
+    config = config_of(128 if options.group_size == "auto" else options.group_size)
     require_vacant(destination)
     directory = local(source)
+    if engine:
+        config = _fitting(engine, directory, config_of, options.group_size)
     run = _described(directory, config) or _traced(directory)
     calib = tokens(data, directory, samples=samples, length=length, seed=seed)
     with progress("Quantizing blocks") as advance:
@@ -73,6 +90,43 @@ def quantize(
     )
     if report.rounded:
         out.print(f"{len(report.rounded)} of them saw fewer than {config.min_rows} calibration tokens and were rounded to nearest.")
+    if engine:
+        from gptq_fn_interop.inspection import inspect
+
+        _say(engine, inspect(destination), str(destination))
+
+
+def _fitting(engine: str, directory: Path, config_of: Callable[[int | None], QuantConfig], group_size: int | str | None) -> QuantConfig:
+    """The configuration whose result the engine will load. Raises ValueError with its reasons where there is none."""
+    from gptq_fn_interop.checkpoint import Checkpoint
+    from gptq_fn_interop.engines import GROUP_SIZES, config_for, refusals
+    from gptq_fn_interop.gptq_format import described_by
+    from gptq_fn_interop.inspection import Inspection
+    from gptq_fn_interop.stream import open_source
+
+    sizes = GROUP_SIZES if isinstance(group_size, str) else (group_size,)
+    config = config_of(sizes[0])
+    if Checkpoint(directory).config.get("model_type") in FAMILIES:
+        config = config_for(engine, *open_source(directory, config), config_of, sizes)
+        if config.group_size != sizes[0]:
+            out.print(f"Groups of {config.group_size}: {engine} would not load groups of {sizes[0]} here.", highlight=False)
+        return config
+    described = described_by(config, head=False)  # of a model that is traced, the linears are not known yet
+    if reasons := refusals(engine, Inspection(described, {"quantization_config": described}, (), ())):
+        raise ValueError(f"{engine} would not load the result: {'; '.join(map(str, reasons))}.")
+    return config
+
+
+def _say(engine: str, found: Any, name: str) -> None:
+    """Tell whether the engine loads an inspected checkpoint: every reason and exit status 1 if it does not."""
+    from gptq_fn_interop.engines import refusals
+
+    if reasons := refusals(engine, found):
+        out.print(f"{engine} does not load {name}:", highlight=False)
+        for reason in reasons:
+            out.print(f"- {reason}", highlight=False, markup=False)
+        sys.exit(1)
+    out.print(f"{engine} loads {name}, as far as the quantization is concerned.", highlight=False)
 
 
 def _described(directory: Path, config: QuantConfig) -> Callable[..., Report] | None:
@@ -193,24 +247,30 @@ def evaluate(
     out.print(table)
 
 
-def inspect(model: Positional[str]) -> None:
+def inspect(model: Positional[str], engine: Annotated[Engine | None, arg(name="for")] = None) -> None:
     """Tell what a quantized checkpoint holds and which engines would load it.
 
     Args:
         model: A directory with a quantized checkpoint, or the name of one on the hub.
+        engine: Tell of this engine alone, with every reason, and exit with status 1 if it does not load the checkpoint.
     """
     from gptq_fn_interop import inspection
+    from gptq_fn_interop.engines import ENGINES, refusals
     from gptq_fn_interop.hub import local
 
     found = inspection.inspect(local(model))
+    if engine:
+        return _say(engine, found, model)
     for scheme, count in found.schemes().most_common():
         out.print(f"{count} linears: {scheme}", highlight=False)
     size = sum(x.bytes for x in found.linears)
     out.print(f"{size / 1e6:.1f} MB quantized, {found.other_bytes / 1e6:.1f} MB of other tensors", highlight=False)
     out.print(f"zero points: {', '.join(sorted({x.zeros for x in found.linears}))}", highlight=False)
     table = Table("engine", "loads it", "why not")
-    for engine, reason in found.engines.items():
-        table.add_row(engine, "no" if reason else "yes", reason or "")
+    for name in ENGINES:
+        reasons = refusals(name, found)
+        more = f"; and {len(reasons) - 1} more, told by --for {name}" if len(reasons) > 1 else ""
+        table.add_row(name, "no" if reasons else "yes", f"{reasons[0]}{more}" if reasons else "")
     out.print(table)
 
 

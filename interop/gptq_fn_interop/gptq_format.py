@@ -22,12 +22,25 @@ Zeros = Literal["v1", "v2", "v1_carry"]
 HEADS = ("lm_head", "embed_out")
 """What heads are called; engines have to be told if they are quantized."""
 
+BITS = (2, 3, 4, 8)
+
+FORMATS = ("gptq", "gptq_v2")
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+HELD = {"qweight": ("int32",), "qzeros": ("int32",), "g_idx": ("int32", "int64")}
+"""The dtypes of the tensors of a linear; the others hold floating numbers."""
+
 TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
 def quantization_config(report: Report) -> dict[str, Any]:
     """The object that config.json and quantize_config.json hold, with the keys that engines need. Rules keep their order."""
-    config = report.config
+    return described_by(report.config, head=any(x.name in HEADS for x in report.linears))
+
+
+def described_by(config: QuantConfig, *, head: bool) -> dict[str, Any]:
+    """The object that describes what `config` makes of a model, whose head is quantized too or not."""
     described = {
         **_scheme(config),
         "quant_method": "gptq",
@@ -35,7 +48,7 @@ def quantization_config(report: Report) -> dict[str, Any]:
         "damp_percent": 0.01 if config.damp is None else config.damp,
         "static_groups": config.static_groups,
         "true_sequential": config.sequential,
-        "lm_head": any(x.name in HEADS for x in report.linears),
+        "lm_head": head,
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"gptq_fn:{version('gptq-fn')}"], "act_group_aware": config.order == "group", "grid": config.grid},
     }
@@ -51,10 +64,52 @@ def _scheme(config: QuantConfig) -> dict[str, Any]:
     return {"bits": config.bits, "group_size": group_size, "desc_act": desc_act, "sym": config.sym}
 
 
+def require_readable(described: Any, where: str) -> None:
+    """Raise ValueError, in a sentence, unless `described` can be the quantization config of a GPTQ checkpoint."""
+    if not isinstance(described, dict):
+        raise ValueError(f"The quantization config in {where} is a {type(described).__name__}, not an object.")
+    method, written = described.get("quant_method", "gptq"), format_of(described)
+    if method != "gptq":
+        raise ValueError(f"{where} describes a checkpoint quantized with {method!r}; those quantized with 'gptq' can be read.")
+    if written not in FORMATS:
+        raise ValueError(f"{where} says format {written!r}, which is packed for a particular kernel; {' and '.join(FORMATS)} can be read.")
+    rules = described.get("dynamic") or {}
+    if not isinstance(rules, dict) or not all(isinstance(rule, dict) for rule in rules.values()):
+        raise ValueError(f"The rules ('dynamic') in {where} are not an object of objects.")
+    for scheme, whose in ((described, ""), *((rule, f" of the rule {pattern!r}") for pattern, rule in rules.items())):
+        bits, size, sym = scheme.get("bits", 4), scheme.get("group_size", -1), scheme.get("sym", True)
+        if bits not in BITS or isinstance(bits, bool):
+            raise ValueError(f"{where} says bits = {bits!r}{whose}; codes of {', '.join(map(str, BITS))} bits can be read.")
+        if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+            raise ValueError(f"{where} says group_size = {size!r}{whose}; it is a number of inputs, or -1 for one group a row.")
+        if not isinstance(sym, bool):
+            raise ValueError(f"{where} says sym = {sym!r}{whose}; it is true or false.")
+    for pattern in rules:
+        try:
+            re.compile(_regex(pattern))
+        except re.error as error:
+            raise ValueError(f"The rule {pattern!r} in {where} is not a regular expression: {error}.") from None
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In which of the keys that decide how codes are read these quantization configs differ, of those that both have."""
+    keys = [key for key in ("bits", "group_size", "sym", "dynamic") if key in one and key in other and one[key] != other[key]]
+    return keys + ["checkpoint_format"] * (format_of(one) != format_of(other))
+
+
+def format_of(described: Mapping[str, Any]) -> Any:
+    """The checkpoint format that a quantization config names, under either of its keys."""
+    return described.get("checkpoint_format") or described.get("format") or "gptq"
+
+
+def _regex(pattern: str) -> str:
+    return pattern.removeprefix("+:").removeprefix("-:")
+
+
 def scheme_of(name: str, described: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `described` says of the linear called `name`, with its first matching rule; None where it is not quantized."""
     for pattern, override in (described.get("dynamic") or {}).items():
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+        if re.match(_regex(pattern), name):
             return None if pattern.startswith("-:") else {**described, **override}
     return dict(described)
 
@@ -101,12 +156,12 @@ def from_tensors(tensors: Mapping[str, np.ndarray], name: str, described: Mappin
     ValueError for tensors that do not belong together.
     """
     scheme = scheme_of(name, described) or {}
+    shapes = {leaf: tensor.shape for leaf, tensor in tensors.items()}
+    bits, inputs = require_linear(name, shapes, scheme, {leaf: str(tensor.dtype) for leaf, tensor in tensors.items()})
     qweight, scales = tensors["qweight"], tensors["scales"]
-    g_idx = tensors.get("g_idx")
-    bits, inputs = bits_and_inputs(name, len(qweight), None if g_idx is None else len(g_idx), scheme)
     groups, out = scales.shape
-    if g_idx is None:
-        g_idx = regular_groups(name, inputs, groups, scheme)
+    g_idx = tensors["g_idx"] if "g_idx" in tensors else regular_groups(name, inputs, groups, scheme)
+    require_groups(name, g_idx, groups)
     zero = zero_points(tensors["qzeros"], bits, out, zeros_of(tensors["qzeros"], bits, out, scheme))
     q = QuantizedLinear(
         codes=jnp.asarray(unpack(qweight, bits, inputs, np.stack).T.astype(np.uint8)),
@@ -121,6 +176,37 @@ def from_tensors(tensors: Mapping[str, np.ndarray], name: str, described: Mappin
     return q
 
 
+def require_linear(
+    name: str, shapes: Mapping[str, tuple[int, ...]], scheme: Mapping[str, Any], dtypes: Mapping[str, str] | None = None
+) -> tuple[int, int]:
+    """The bits and inputs of the linear whose tensors have these shapes and dtypes.
+
+    The number of inputs is that of g_idx; where there is none, `scheme` has to tell the bits. Raises ValueError in a
+    sentence for tensors that are missing, do not belong together, or hold what this format does not.
+    """
+    if absent := [leaf for leaf in ("qweight", "qzeros", "scales") if leaf not in shapes]:
+        raise ValueError(f"{name} has no {' and no '.join(absent)}; the checkpoint is incomplete.")
+    for leaf, dtype in (dtypes or {}).items():
+        if dtype not in (allowed := HELD.get(leaf, FLOATS)):
+            raise ValueError(f"{name}.{leaf} holds {dtype}, but {' or '.join(allowed)} is expected; the checkpoint is damaged.")
+    for leaf, shape in shapes.items():
+        if len(shape) != (rank := 1 if leaf in ("g_idx", "bias") else 2) or 0 in shape:
+            raise ValueError(f"{name}.{leaf} has shape {list(shape)}, but it has {rank} dimensions that are not empty.")
+    (words, out), groups = shapes["qweight"], shapes["scales"][0]
+    told = shapes["g_idx"][0] if "g_idx" in shapes else None
+    bits, inputs = bits_and_inputs(name, words, told, scheme)
+    expected = {"qweight": (words_of(inputs, bits), out), "qzeros": (groups, words_of(out, bits)), "scales": (groups, out), "bias": (out,)}
+    for leaf, shape in expected.items():
+        if shapes.get(leaf, shape) != shape:
+            raise ValueError(
+                f"{name}.{leaf} has shape {list(shapes[leaf])}, but {bits} bits, {inputs} inputs, {out} outputs and {groups} groups ask "
+                f"for {list(shape)}. The checkpoint is damaged or its quantization config belongs to another."
+            )
+    if reason := unpackable((out, inputs), bits):
+        raise ValueError(f"{name}: {reason}")
+    return bits, inputs
+
+
 def bits_and_inputs(name: str, words: int, inputs: int | None, scheme: Mapping[str, Any]) -> tuple[int, int]:
     """The bits and inputs of a qweight with this many rows; `inputs` is None where there is no g_idx to tell them.
 
@@ -133,8 +219,16 @@ def bits_and_inputs(name: str, words: int, inputs: int | None, scheme: Mapping[s
                 f"{name} has no g_idx and its quantization config names no bits: one of them has to tell how many inputs it has."
             )
         return bits, words * 32 // bits
-    fits = bits and words_of(inputs, bits) == words  # of a narrow layer, the shapes leave several possibilities
-    return bits if fits else words * 32 // inputs, inputs
+    for found in (bits, *BITS):  # of a narrow layer, the shapes leave several possibilities
+        if found and words_of(inputs, found) == words:
+            return found, inputs
+    raise ValueError(f"{name}: a qweight of {words} rows does not hold {inputs} inputs at {', '.join(map(str, BITS))} bits.")
+
+
+def require_groups(name: str, g_idx: np.ndarray, groups: int) -> None:
+    """Raise ValueError unless each input's group is one of these."""
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise ValueError(f"{name}.g_idx reaches from {g_idx.min()} to {g_idx.max()}, but there are {groups} groups; it is damaged.")
 
 
 def regular_groups(name: str, inputs: int, groups: int, scheme: Mapping[str, Any]) -> np.ndarray:
@@ -159,7 +253,7 @@ def zeros_of(qzeros: np.ndarray, bits: int, out: int, described: Mapping[str, An
             return "v2"
         if (stored == middle - 1).all():
             return "v1"
-    if described.get("checkpoint_format", described.get("format", "gptq")) == "gptq_v2":
+    if format_of(described) == "gptq_v2":
         return "v2"
     writers = str((described.get("meta") or {}).get("quantizer", ""))
     return "v1_carry" if "gptqmodel" in writers and bits != 3 and not described.get("sym", True) else "v1"

@@ -1,36 +1,50 @@
-"""What a quantized checkpoint holds, and which engines would load it, told from its headers and config alone."""
+"""What a quantized checkpoint holds, told from its headers, configs and zero points; or what one would hold."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptq_fn_interop.checkpoint import Checkpoint
-from gptq_fn_interop.gptq_format import Zeros, bits_and_inputs, scheme_of, zeros_of
+from gptq_fn import ModelSpec, QuantConfig
+from gptq_fn_interop.checkpoint import INDEX, SINGLE, Checkpoint
+from gptq_fn_interop.gptq_format import (
+    TENSORS,
+    Zeros,
+    described_by,
+    regular_groups,
+    require_groups,
+    require_linear,
+    scheme_of,
+    zero_points,
+    zeros_of,
+    zeros_version,
+)
+from gptq_fn_interop.params import dense_shapes
 
 
 @dataclass(frozen=True)
 class LinearInfo:
-    """One quantized linear as its tensors tell it."""
+    """One quantized linear as its tensors tell it, whatever the config says of it."""
 
     name: str
     bits: int
     inputs: int
     out: int
     groups: int
+    group_size: int
+    """Inputs of a whole group; -1 for one group a row."""
     sym: bool
+    """All zero points are the middle code."""
     desc_act: bool
+    """Its groups are not consecutive inputs."""
     has_g_idx: bool
     scale_dtype: str
     zeros: Zeros
-
-    @property
-    def group_size(self) -> int:
-        """Inputs of a group; -1 for one group a row."""
-        return -1 if self.groups == 1 else -(-self.inputs // self.groups)
+    zero_at_0: bool = False
+    """Some zero point is 0, which readers of files that store it less one get from a field that wrapped around."""
 
     @property
     def bytes(self) -> int:
@@ -40,12 +54,16 @@ class LinearInfo:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint: its quantized linears, its other tensors, and the verdict of each engine (None means it loads)."""
+    """A checkpoint: its quantization config, its config.json, its quantized linears, and what else matters to a reader."""
 
     described: dict[str, Any]
+    model: dict[str, Any]
     linears: tuple[LinearInfo, ...]
-    other_bytes: int
-    engines: dict[str, str | None]
+    left: tuple[str, ...]
+    """Linears of blocks that are not quantized."""
+    other_bytes: int = 0
+    file: str = SINGLE
+    """The index, or the one file."""
 
     def schemes(self) -> Counter[str]:
         """How many linears share each scheme, in words."""
@@ -65,78 +83,62 @@ def inspect(directory: str | Path) -> Inspection:
         raise ValueError(f"{directory} holds a float checkpoint; quantize it with: gptq-fn quantize {directory} DESTINATION")
     linears = tuple(_linear(checkpoint, name, described) for name in names)
     other_bytes = sum(path.stat().st_size for path in checkpoint.files) - sum(x.bytes for x in linears)
-    engines = {name: _first(refusals, linears, described) for name, refusals in ENGINES.items()}
-    return Inspection(described, linears, other_bytes, engines)
+    file = INDEX if (checkpoint.directory / INDEX).exists() else checkpoint.files[0].name
+    return Inspection(described, checkpoint.config, linears, tuple(_left(checkpoint)), other_bytes, file)
+
+
+def foresee(checkpoint: Checkpoint, spec: ModelSpec, config: QuantConfig) -> Inspection:
+    """What quantizing a float checkpoint of `spec` with `config` will write."""
+    shapes = dense_shapes(checkpoint.shapes, spec)
+    zeros, linears, left = zeros_version(config), [], []
+    in_blocks = ((i, linear) for i, block in enumerate(spec.blocks) for linear in block.linears)
+    usual = {name: linear for i, linear in in_blocks for name in spec.names_of(i, linear)}
+    head = dict(spec.tensors).get("head")
+    for name in (*usual, *([head] if head else ())):
+        linear = usual.get(name)
+        found = config.resolve(name, usual=linear is not None and linear.quantize)
+        if found is not None:
+            out, inputs = shapes.get(f"{name}.weight") or shapes[spec.embedding]
+            if linear is not None and linear.stored == "in_out":
+                out, inputs = inputs, out
+            groups = -(-inputs // (found.group_size or inputs))
+            irregular = found.order == "act" and not found.static_groups and groups > 1
+            size = -1 if groups == 1 or found.group_size is None else found.group_size
+            linears.append(LinearInfo(name, found.bits, inputs, out, groups, size, found.sym, irregular, True, "float16", zeros))
+        elif linear is not None and linear.quantize:
+            left.append(name)
+    described = described_by(config, head=any(x.name == head for x in linears))
+    return Inspection(described, {**checkpoint.config, "quantization_config": described}, tuple(linears), tuple(left))
 
 
 def _linear(checkpoint: Checkpoint, name: str, described: dict[str, Any]) -> LinearInfo:
     scheme = scheme_of(name, described) or described
-    (rows, out), (groups, _) = checkpoint.shapes[f"{name}.qweight"], checkpoint.shapes[f"{name}.scales"]
-    has_g_idx = f"{name}.g_idx" in checkpoint
-    bits, inputs = bits_and_inputs(name, rows, checkpoint.shapes[f"{name}.g_idx"][0] if has_g_idx else None, scheme)
-    size = inputs if groups == 1 else int(scheme.get("group_size", -(-inputs // groups)))
-    irregular = has_g_idx and bool((checkpoint[f"{name}.g_idx"] != np.arange(inputs) // size).any())
-    zeros = zeros_of(checkpoint[f"{name}.qzeros"], bits, out, scheme)
-    dtype = str(checkpoint[f"{name}.scales"].dtype)
-    return LinearInfo(name, bits, inputs, out, groups, bool(scheme.get("sym", True)), irregular, has_g_idx, dtype, zeros)
+    mine = {leaf: f"{name}.{leaf}" for leaf in TENSORS if f"{name}.{leaf}" in checkpoint}
+    shapes = {leaf: checkpoint.shapes[full] for leaf, full in mine.items()}
+    dtypes = {leaf: checkpoint.dtypes[full] for leaf, full in mine.items()}
+    bits, inputs = require_linear(name, shapes, scheme, dtypes)
+    groups, out = shapes["scales"]
+    g_idx = checkpoint[mine["g_idx"]] if "g_idx" in mine else regular_groups(name, inputs, groups, scheme)
+    require_groups(name, g_idx, groups)
+    size = int(np.bincount(g_idx).max())
+    irregular = bool((g_idx != np.arange(inputs) // size).any())
+    qzeros = checkpoint[mine["qzeros"]]
+    zeros = zeros_of(qzeros, bits, out, scheme)
+    points = zero_points(qzeros, bits, out, zeros)
+    sym, at_0 = bool((points == 2 ** (bits - 1)).all()), bool((points == 0).any())
+    size = -1 if groups == 1 else size
+    return LinearInfo(name, bits, inputs, out, groups, size, sym, irregular, "g_idx" in mine, dtypes["scales"], zeros, at_0)
 
 
-Refusal = Callable[[LinearInfo, dict[str, Any]], str | None]
-"""Why an engine does not load a linear, or None."""
+ROUTERS = ("gate", "router", "shared_expert_gate", "wg")
+"""What the linears that choose experts are called; no engine expects them to be quantized."""
 
 
-def _bits(*allowed: int) -> Refusal:
-    return lambda x, _: None if x.bits in allowed else f"it reads {' or '.join(map(str, allowed))} bits, not {x.bits}"
-
-
-def _groups(*allowed: int) -> Refusal:
-    return lambda x, _: None if x.group_size in allowed else f"it reads groups of {', '.join(map(str, allowed))}, not {x.group_size}"
-
-
-def _symmetric(x: LinearInfo, _: dict[str, Any]) -> str | None:
-    return None if x.sym else "it reads symmetric zero points only"
-
-
-def _no_act_order(x: LinearInfo, described: dict[str, Any]) -> str | None:
-    return "it refuses desc_act: true" if (x.desc_act or described.get("desc_act")) and x.group_size != -1 else None
-
-
-def _whole_groups(x: LinearInfo, _: dict[str, Any]) -> str | None:
-    size = x.inputs if x.group_size == -1 else x.group_size
-    return f"its groups must divide the {x.inputs} inputs, and {size} does not" if x.inputs % size else None
-
-
-def _multiples(inputs: int, out: int) -> Refusal:
-    def refusal(x: LinearInfo, _: dict[str, Any]) -> str | None:
-        fits = x.inputs % inputs == 0 and x.out % out == 0
-        return None if fits else f"it needs inputs divisible by {inputs} and outputs by {out}, not {x.inputs} and {x.out}"
-
-    return refusal
-
-
-def _keys(x: LinearInfo, described: dict[str, Any]) -> str | None:
-    missing = [key for key in ("bits", "group_size", "desc_act", "sym") if key not in described]
-    return f"its config lacks {', '.join(missing)}" if missing else None
-
-
-def _g_idx(x: LinearInfo, _: dict[str, Any]) -> str | None:
-    return None if x.has_g_idx else "it needs a g_idx for every qweight"
-
-
-ENGINES: dict[str, tuple[Refusal, ...]] = {
-    "transformers (with gptq_fn)": (),
-    "transformers (with gptqmodel)": (_bits(2, 3, 4, 8),),
-    "vLLM": (_keys, _bits(4, 8), _symmetric, _no_act_order, _groups(-1, 32, 64, 128), _whole_groups),
-    "SGLang": (_keys, _bits(4, 8), _symmetric, _groups(-1, 32, 64, 128), _multiples(128, 64), _whole_groups),
-    "ExLlamaV2": (_bits(4),),
-    "llama.cpp (conversion)": (_bits(2, 4, 8), _g_idx),
-}
-"""What each engine is known to refuse, on one device (vLLM 0.33, SGLang 0.5.23, transformers 5.23, llama.cpp's converter)."""
-
-
-def _first(refusals: tuple[Refusal, ...], linears: tuple[LinearInfo, ...], described: dict[str, Any]) -> str | None:
-    for x in linears:
-        for refusal in refusals:
-            if reason := refusal(x, described):
-                return f"{x.name}: {reason}"
-    return None
+def _left(checkpoint: Checkpoint) -> Iterator[str]:
+    for name, shape in checkpoint.shapes.items():
+        *path, leaf = name.removesuffix(".weight").split(".")
+        if any(part.isdigit() for part in path) and leaf not in ROUTERS:
+            if len(shape) == 2 and name.endswith(".weight"):
+                yield name.removesuffix(".weight")
+            elif len(shape) == 3 and "experts" in path:
+                yield name

@@ -10,7 +10,7 @@ import numpy as np
 from gptq_fn import BlockSpec, LinearSpec, ModelSpec, QuantizedLinear
 from gptq_fn.check import numbered
 from gptq_fn_interop import fused
-from gptq_fn_interop.gptq_format import TENSORS, Zeros, bits_and_inputs, from_tensors, scheme_of, to_tensors
+from gptq_fn_interop.gptq_format import FLOATS, TENSORS, Zeros, from_tensors, require_linear, scheme_of, to_tensors
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -30,13 +30,13 @@ def read_top(spec: ModelSpec, tensors: Tensors, described: Mapping[str, Any] | N
 def read_block(spec: ModelSpec, i: int, tensors: Tensors, described: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Block `i`: {role: {"weight", "bias"} or QuantizedLinear}; weights become [out, in], experts get a leading axis."""
     block, prefix = spec.blocks[i], spec.prefix.format(i=i)
-    p: dict[str, Any] = {role: jnp.asarray(tensors[prefix + name]) for role, name in block.arrays}
+    p: dict[str, Any] = {role: jnp.asarray(_floating(tensors, prefix + name)) for role, name in block.arrays}
     for slot, name in block.norms:
         each = [] if name is None else [_read(tensors, full) for full in numbered(prefix + name, block.copies(slot))]
         p[slot] = {} if name is None else each[0] if block.copies(slot) is None else _stacked(each)
     for whole in block.fused:
         if prefix + whole.name in tensors:
-            for role, part in fused.split(whole, tensors[prefix + whole.name]).items():
+            for role, part in fused.split(whole, _floating(tensors, prefix + whole.name)).items():
                 p.setdefault(role, {})[whole.leaf] = jnp.asarray(part)
     for linear in block.linears:
         if linear.role not in p:
@@ -89,11 +89,11 @@ def dense_shapes(
     found = dict(shapes)
     for name, transposed in linears.items():
         if f"{name}.qweight" in shapes:
-            words, out = shapes[f"{name}.qweight"]
+            mine = {leaf: shapes[f"{name}.{leaf}"] for leaf in TENSORS if f"{name}.{leaf}" in shapes}
             for leaf in ("qweight", "qzeros", "scales", "g_idx"):
                 found.pop(f"{name}.{leaf}", None)
-            told, scheme = shapes.get(f"{name}.g_idx"), scheme_of(name, described or {}) or {}
-            _, inputs = bits_and_inputs(name, words, told[0] if told else None, scheme)
+            _, inputs = require_linear(name, mine, scheme_of(name, described or {}) or {})
+            out = mine["qweight"][1]
             found[f"{name}.weight"] = (inputs, out) if transposed else (out, inputs)
     for i, block in enumerate(spec.blocks):
         for whole in block.fused:
@@ -113,9 +113,17 @@ def _linear(tensors: Tensors, name: str, described: Mapping[str, Any] | None, li
 
 
 def _read(tensors: Tensors, name: str, *, transposed: bool = False) -> dict[str, Any]:
-    weight = tensors[f"{name}.weight"]
+    weight = _floating(tensors, f"{name}.weight")
     leaf = {"weight": jnp.asarray(weight.T if transposed else weight)}
-    return {**leaf, "bias": jnp.asarray(tensors[f"{name}.bias"])} if f"{name}.bias" in tensors else leaf
+    return {**leaf, "bias": jnp.asarray(_floating(tensors, f"{name}.bias"))} if f"{name}.bias" in tensors else leaf
+
+
+def _floating(tensors: Tensors, name: str) -> np.ndarray:
+    """A tensor of numbers. Raises ValueError for one of integers, whose scales would be lost: another format, or damage."""
+    array = tensors[name]
+    if str(array.dtype) not in FLOATS:
+        raise ValueError(f"{name} holds {array.dtype}, but {' or '.join(FLOATS)} is expected: another format, or a damaged file.")
+    return array
 
 
 def _stacked(each: list[Any]) -> Any:
