@@ -428,6 +428,10 @@ def test_dequantize_gives_the_dense_model_back(tmp_path: Path, family: str) -> N
 # damage
 
 
+HALF = (("qweight", 32), ("qzeros", 4), ("scales", 32))
+"""Leaves of a linear of 4 bits, and what of them makes half its outputs."""
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -436,6 +440,13 @@ def test_dequantize_gives_the_dense_model_back(tmp_path: Path, family: str) -> N
         (lambda t, name: t.__setitem__(f"{name}.scales", t[f"{name}.scales"][:1]), "qzeros is"),
         (lambda t, name: t.__setitem__("model.layers.0.other.qweight", t.pop(f"{name}.qweight")), "has no such linear"),
         (lambda t, name: t.__setitem__("model.embed_tokens.qweight", t.pop(f"{name}.qweight")), "is of type Embedding; only linear"),
+        (lambda t, name: t[f"{name}.g_idx"].add_(1), "q_proj: g_idx reaches from 1 to 2 but there are 2 groups; the checkpoint is damaged"),
+        (lambda t, name: t[f"{name}.g_idx"].sub_(7), "q_proj: g_idx reaches from -7 to -6 but"),
+        (lambda t, name: t[f"{name}.scales"].view(-1)[3:4].fill_(torch.inf), "q_proj: some scales are infinite or NaN"),
+        (
+            lambda t, name: t.update({f"{name}.{leaf}": t[f"{name}.{leaf}"][:, :n] for leaf, n in HALF}),
+            "has 32 outputs but the model's",
+        ),
     ],
 )
 def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path, change: Callable[[dict, str], Any], message: str) -> None:
@@ -443,6 +454,19 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path, change: Callabl
     case.rewrite(lambda tensors: change(tensors, case.quantized[0]))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    case = checkpoint(tmp_path, "llama", Scheme(), shards=2)
+    whole = (tmp_path / "model-00001-of-00002.safetensors").read_bytes()
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"model-00001-of-00002.safetensors is not a readable safetensors file.*not copied completely"):
+        load(tmp_path)
+    (tmp_path.parent / "outside.safetensors").write_bytes(whole)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-of-00002", "../outside"))
+    with pytest.raises(ValueError, match=r"points to .*outside[.]safetensors, which is no file of its directory"):
+        load(case.directory)
 
 
 # the layer

@@ -8,30 +8,23 @@ quantized when they are loaded: see `on_load`.
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from gptq_fn_kernels import dequantize
-from gptq_fn_kernels.problem import BITS
-from gptq_fn_kernels.words import words_of
-from safetensors import safe_open
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config
 
 from gptq_fn_interop import on_load, request
-from gptq_fn_interop.experts import Experts, fuse, inputs_of, is_fused
+from gptq_fn_interop.experts import Experts, fuse
 from gptq_fn_interop.gptq_config import GPTQConfig, save_config
 from gptq_fn_interop.gptq_format import TENSORS, regular_groups, scheme_of
+from gptq_fn_interop.places import Place, bits_of, place_of, stored_tensors
 from gptq_fn_interop.qlinear import QuantLinear
-
-_DTYPES = {"I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 def register() -> None:
@@ -79,12 +72,12 @@ class GptqQuantizer(HfQuantizer):
         if tensors is None:
             if checkpoint_files is None:
                 raise ValueError("A quantized model is loaded from safetensors files, not from a state_dict; see gptq_fn.interop.to_hf.")
-            tensors = _headers(checkpoint_files)
+            tensors = stored_tensors(checkpoint_files, str(model.config.name_or_path))
         described = {key: value for key, value in self.quantization_config.to_dict().items() if value is not None}
         modules = dict(model.named_modules())
         experts: dict[str, dict[int, dict[str, nn.Module]]] = defaultdict(lambda: defaultdict(dict))
         for stored_as in (key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")):
-            place = _place_of(model, modules, stored_as)
+            place = place_of(model, modules, stored_as)
             if place is None:
                 continue
             mine = {leaf: tensors[f"{stored_as}.{leaf}"] for leaf in TENSORS if f"{stored_as}.{leaf}" in tensors}
@@ -102,16 +95,18 @@ class GptqQuantizer(HfQuantizer):
         # They are computed after loading, so they are not missing.
         model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}\\.g_idx$" for name in self._absent_g_idx)
 
-    def _linear(self, place: "_Place", stored_as: str, mine: dict[str, torch.Tensor], scheme: Mapping[str, Any]) -> QuantLinear:
+    def _linear(self, place: Place, stored_as: str, mine: dict[str, torch.Tensor], scheme: Mapping[str, Any]) -> QuantLinear:
         """The layer that takes these tensors."""
         if absent := {"qzeros", "scales"} - mine.keys():
             raise ValueError(f"{stored_as} has a qweight but no {' and '.join(sorted(absent))}; the checkpoint is incomplete.")
+        if place.outputs not in (None, found := mine["scales"].shape[-1]):
+            raise ValueError(f"{stored_as} has {found} outputs but the model's linear {place.outputs}; config.json is of another model.")
         if "g_idx" not in mine:
             g_idx = torch.from_numpy(regular_groups(stored_as, place.inputs, len(mine["scales"]), scheme))
             mine["g_idx"] = self._absent_g_idx[place.path] = g_idx
         backend = None if self.quantization_config.backend == "auto" else self.quantization_config.backend
         try:
-            linear = QuantLinear(mine, _bits_of(mine["qweight"], place.inputs, scheme), scheme, backend)
+            linear = QuantLinear(mine, bits_of(mine["qweight"], place.inputs, scheme), scheme, backend)
         except ValueError as error:
             raise ValueError(f"{stored_as}: {error}") from None
         linear.loading = True
@@ -127,6 +122,7 @@ class GptqQuantizer(HfQuantizer):
             if name in self._absent_g_idx:  # what a missing tensor holds now is uninitialized memory
                 linear.g_idx = self._absent_g_idx[name].to(linear.qweight.device)
             linear.loading = False
+            _require_sound(name, linear)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -161,67 +157,13 @@ def _quantized(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
 
 
-def _headers(files: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The tensors of safetensors files without their values, on the meta device."""
-    found = {}
-    for path in files:
-        if not str(path).endswith(".safetensors"):
-            raise ValueError(f"{path} is not a safetensors file; quantized checkpoints are read from those only.")
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                header = file.get_slice(name)
-                if header.get_dtype() in _DTYPES:
-                    found[name] = torch.empty(header.get_shape(), dtype=_DTYPES[header.get_dtype()], device="meta")
-    return found
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a quantized linear goes: in the place of a module, or as the linear `leaf` of one of the module's experts."""
-
-    module: str
-    inputs: int
-    expert: int | None = None
-    leaf: str = ""
-
-    @property
-    def path(self) -> str:
-        return self.module if self.expert is None else f"{self.module}.{self.expert}.{self.leaf}"
-
-
-def _place_of(model: Any, modules: Mapping[str, nn.Module], stored_as: str) -> _Place | None:
-    """Where the linear that the files call `stored_as` goes; None for a head that this model does not have.
-
-    Files may lack or have the prefix of the model under a head, and transformers renames what it loads. Raises
-    ValueError for a linear that the model does not have, and for modules that are none.
-    """
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    renamed = rename_source_key(f"{stored_as}.weight", renamings, [])[0].removesuffix(".weight")
-    prefix = f"{model.base_model_prefix}."
-    for name in (stored_as, renamed, prefix + renamed, renamed.removeprefix(prefix)):
-        if name in modules:
-            return _Place(name, _inputs_of(modules[name], stored_as))
-        parts = name.rsplit(".", 2)
-        if len(parts) == 3 and parts[1].isdigit() and parts[0] in modules and is_fused(modules[parts[0]]):
-            return _Place(parts[0], inputs_of(modules[parts[0]], parts[2]), int(parts[1]), parts[2])
-    if "." not in stored_as:
-        return None
-    raise ValueError(f"The checkpoint holds a quantized {stored_as}, but {type(model).__name__} has no such linear.")
-
-
-def _inputs_of(module: nn.Module, name: str) -> int:
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0]
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    raise ValueError(
-        f"The checkpoint holds a quantized {name}, but that module is of type {type(module).__name__}; only linear layers can be."
-    )
-
-
-def _bits_of(qweight: torch.Tensor, inputs: int, scheme: Mapping[str, Any]) -> int:
-    """From the shape; a narrow layer leaves several possibilities, and then what the config says is tried first."""
-    for bits in (scheme["bits"], *BITS):
-        if words_of(inputs, bits) == len(qweight):
-            return bits
-    raise ValueError(f"A qweight of {len(qweight)} rows does not hold {inputs} inputs at 2, 3, 4 or 8 bits.")
+def _require_sound(name: str, linear: QuantLinear) -> None:
+    """Raise ValueError where a loaded layer holds values that would give garbage; what lies on a disk is not looked at."""
+    if not linear.g_idx.is_meta:
+        first, last = int(linear.g_idx.min()), int(linear.g_idx.max())
+        if first < 0 or last >= linear.groups:
+            raise ValueError(
+                f"{name}: g_idx reaches from {first} to {last} but there are {linear.groups} groups; the checkpoint is damaged."
+            )
+    if not linear.scales.is_meta and not bool(torch.isfinite(linear.scales).all()):
+        raise ValueError(f"{name}: some scales are infinite or NaN; the file is damaged.")

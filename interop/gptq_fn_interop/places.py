@@ -1,0 +1,89 @@
+"""Where the quantized linears of a checkpoint go in a model of transformers, as told by the headers of its files."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gptq_fn_kernels.problem import BITS
+from gptq_fn_kernels.words import words_of
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from gptq_fn_interop.checkpoint import headers
+from gptq_fn_interop.experts import inputs_of, is_fused
+from gptq_fn_interop.gptq_format import TENSORS
+
+
+def stored_tensors(files: Iterable[str], directory: str) -> dict[str, torch.Tensor]:
+    """The quantized tensors of safetensors files without their values, on the meta device. An index may not lead out of `directory`."""
+    found = {}
+    for path in files:
+        if not str(path).endswith(".safetensors"):
+            raise ValueError(f"{path} is not a safetensors file; quantized checkpoints are read from those only.")
+        if os.path.isdir(directory) and not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(directory)):
+            raise ValueError(f"The index of {directory} points to {path}, which is no file of its directory; it is damaged or malicious.")
+        for name, (shape, dtype) in headers(Path(path)).items():
+            kind = getattr(torch, dtype, None)  # there are more in safetensors, but none that GPTQ uses
+            if name.rpartition(".")[2] in TENSORS and isinstance(kind, torch.dtype):
+                found[name] = torch.empty(shape, dtype=kind, device="meta")
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a quantized linear goes: in the place of a module, or as the linear `leaf` of one of the module's experts."""
+
+    module: str
+    inputs: int
+    outputs: int | None = None
+    expert: int | None = None
+    leaf: str = ""
+
+    @property
+    def path(self) -> str:
+        """The name that the linear will have in the model."""
+        return self.module if self.expert is None else f"{self.module}.{self.expert}.{self.leaf}"
+
+
+def place_of(model: Any, modules: Mapping[str, nn.Module], stored_as: str) -> Place | None:
+    """Where the linear that the files call `stored_as` goes; None for a head that this model does not have.
+
+    Files may lack or have the prefix of the model under a head, and transformers renames what it loads. Raises
+    ValueError for a linear that the model does not have, and for modules that are none.
+    """
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    renamed = rename_source_key(f"{stored_as}.weight", renamings, [])[0].removesuffix(".weight")
+    prefix = f"{model.base_model_prefix}."
+    for name in (stored_as, renamed, prefix + renamed, renamed.removeprefix(prefix)):
+        if name in modules:
+            return Place(name, *_shape_of(modules[name], stored_as))
+        parts = name.rsplit(".", 2)
+        if len(parts) == 3 and parts[1].isdigit() and parts[0] in modules and is_fused(modules[parts[0]]):
+            return Place(parts[0], inputs_of(modules[parts[0]], parts[2]), None, int(parts[1]), parts[2])
+    if "." not in stored_as:
+        return None
+    raise ValueError(f"The checkpoint holds a quantized {stored_as}, but {type(model).__name__} has no such linear.")
+
+
+def _shape_of(module: nn.Module, name: str) -> tuple[int, int]:
+    """Inputs and outputs of a linear of the model, which the files call `name`."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    raise ValueError(
+        f"The checkpoint holds a quantized {name}, but that module is of type {type(module).__name__}; only linear layers can be."
+    )
+
+
+def bits_of(qweight: torch.Tensor, inputs: int, scheme: Mapping[str, Any]) -> int:
+    """From the shape; a narrow layer leaves several possibilities, and then what the config says is tried first."""
+    for bits in (scheme["bits"], *BITS):
+        if words_of(inputs, bits) == len(qweight):
+            return bits
+    raise ValueError(f"A qweight of {len(qweight)} rows does not hold {inputs} inputs at 2, 3, 4 or 8 bits.")
