@@ -1,8 +1,8 @@
 """Loading a 4-bit checkpoint and the float one that it was made from, each in a process of its own, in turns.
 
-Claim: a quantized checkpoint loads in less memory than the float one, in transformers as in JAX, because packed words are
-never unpacked on the way. Prints medians: seconds from the call to the loaded model (imports apart), and how far the
-peak of the resident memory rose over what the imports took. Pages of mapped files count as resident.
+Claim: in transformers a quantized checkpoint loads in less memory than the float one, since packed words stay packed.
+`load_gptq` unpacks codes to a byte each, and needs more. Prints medians: seconds from the call to the loaded model (imports
+apart), and how far the peak of the resident memory rose over what the imports took. Pages of mapped files count as resident.
 """
 
 import argparse
