@@ -53,7 +53,7 @@ def linears(model: Any) -> dict[str, QuantLinear]:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS.to(model.device)).logits
+        return model(IDS if model.device.type == "meta" else IDS.to(model.device)).logits
 
 
 # the whole way
