@@ -4,8 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from gptq_fn_interop.calib import tokens
+from gptq_fn_interop.engines import refusals
 from gptq_fn_interop.evaluation import Evaluation, evaluate
 from gptq_fn_interop.hf import from_hf, to_hf
+from gptq_fn_interop.in_memory import quantize_model
 from gptq_fn_interop.inspection import inspect
 from gptq_fn_interop.qlinear import QuantLinear
 from gptq_fn_interop.quantizer import register
@@ -29,7 +31,9 @@ __all__ = [
     "inspect",
     "load_gptq",
     "quantize_checkpoint",
+    "quantize_model",
     "quantize_traced",
+    "refusals",
     "save_gptq",
     "to_flax",
     "to_hf",

@@ -299,6 +299,8 @@ def test_models_of_the_hub_load_by_name(written: Any, tmp_path: Path, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     loaded = AutoGPTQForCausalLM.from_quantized("me/old-GPTQ", device="cpu", use_safetensors=True, use_triton=False)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    (kept / "refs" / "branch").write_text(COMMIT)
+    assert AutoGPTQForCausalLM.from_quantized("me/old-GPTQ", device="cpu", revision="branch").quantized
     with pytest.raises(ValueError, match="the hub has no such model"):
         AutoGPTQForCausalLM.from_quantized("me/another-GPTQ")
 

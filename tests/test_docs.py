@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from gptq_fn_interop.request import FIELDS
 from tiny import save_tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,11 @@ def test_own_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for written in ("opt-by-hand", "opt-traced"):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / written)
         assert sum(type(m).__name__ == "QuantLinear" for m in loaded.modules()) == 12
+
+
+def test_every_field_of_a_config_stands_in_the_page_on_transformers() -> None:
+    page = (ROOT / "docs" / "transformers.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| `")] == [f"| `{name}` | {what} |" for name, what in FIELDS.items()]
 
 
 def test_links_in_documents_lead_somewhere() -> None:

@@ -64,6 +64,14 @@ def test_nothing_that_is_shipped_imports_tests(path):
     assert not imports(path) & {"pytest", "hypothesis", "beartype", "tests"} - allowed
 
 
+@pytest.mark.parametrize("path", [p for p in modules("gptq_fn_interop") if p.name != "tensors.py"], ids=identity)
+def test_one_door_stands_between_torch_and_arrays(path):
+    """What crosses elsewhere would share memory, or lose what the door keeps: bfloat16, gradients refused, 64 bits."""
+    crossing = {"from_numpy", "from_dlpack", "to_dlpack", "__dlpack__", "numpy"}
+    used = {node.attr for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
+    assert not used & crossing
+
+
 def test_the_outer_folders_are_no_packages():
     """A top-level `kernels` would hide the package of that name which transformers imports."""
     assert not [folder for folder in ("interop", "kernels") if (ROOT / folder / "__init__.py").exists()]

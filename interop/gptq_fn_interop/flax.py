@@ -16,7 +16,7 @@ from gptq_fn.model.decoder import Params, embed, unembed
 try:
     from flax import nnx
 except ModuleNotFoundError:
-    raise ImportError("to_flax and from_flax need Flax, which is not installed: pip install 'flax>=0.10'.") from None
+    raise ImportError("to_flax and from_flax need Flax, which is not installed: pip install 'flax>=0.12'.") from None
 
 
 class Packed(nnx.Variable):

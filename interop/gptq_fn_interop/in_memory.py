@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +26,19 @@ def quantize_model(model: nn.Module, samples: Samples, config: QuantConfig | Non
     A transformers model that a row of the table describes runs in JAX, one block at a time, any other model through its
     own forward (`quantize_traced`). `samples` are token ids [samples, time], or samples of any lengths. What was quantized
     of a transformers model saves, loads and dequantizes as a quantized one. Raises ValueError as `quantize_checkpoint`
-    and `quantize_traced` do, and then the model is as it was.
+    and `quantize_traced` do, and then the model is as it was. What accelerate has spread over devices is quantized on
+    the CPU and spread again.
     """
     config = config or QuantConfig()
-    spec = described(model)
-    if spec is None:
-        return quantize_traced(model, samples, config, progress=progress)
-    assert isinstance(model, PreTrainedModel)
+    with together(model):
+        spec = described(model)
+        if spec is None:
+            return quantize_traced(model, samples, config, progress=progress)
+        assert isinstance(model, PreTrainedModel)
+        return _along(spec, model, samples, config, progress)
+
+
+def _along(spec: ModelSpec, model: PreTrainedModel, samples: Samples, config: QuantConfig, progress: Progress | None) -> Report:
     tensors = arrays_of(model)
     head_plan(spec, config)
     if problems := [*unstorable(spec, dense_shapes(tensors.shapes, spec), config)]:
@@ -46,6 +54,24 @@ def quantize_model(model: nn.Module, samples: Samples, config: QuantConfig | Non
     adopt(model, {name: to_torch(array).to(tensors.device_of(name, model.device)) for name, array in packed.items()}, report)
     model.config.tie_word_embeddings = quantized.tied
     return report
+
+
+@contextmanager
+def together(model: Any) -> Iterator[None]:
+    """All weights on the CPU while accelerate has spread them over devices, and afterwards the quantized ones spread like them."""
+    places = getattr(model, "hf_device_map", {})
+    if len(set(places.values())) < 2:
+        yield
+        return
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(model)
+    model.to("cpu")
+    try:
+        yield
+    finally:
+        dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
 
 
 def described(model: nn.Module) -> ModelSpec | None:

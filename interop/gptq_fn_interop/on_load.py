@@ -21,19 +21,20 @@ from gptq_fn_interop.stream import Progress
 
 def quantize(model: Any, config: Any) -> None:
     """Quantize a float model in place, as this GPTQConfig asks. Raises ValueError in a sentence where that cannot be."""
-    from gptq_fn_interop.in_memory import described, quantize_model  # which knows the quantizer, which knows this
+    from gptq_fn_interop.in_memory import described, quantize_model, together  # which knows the quantizer, which knows this
     from gptq_fn_interop.trace import trace
     from gptq_fn_interop.traced import quantize_traced
 
     request, spec = read(config), described(model)
     solver = _for_model(request, model, spec)
     calib = samples(request, model)
-    with _together(model), _shown() as progress:
+    with _shown() as progress:
         if request.blocks is None or (spec is not None and spec.prefix == f"{request.blocks}.{{i}}."):
             quantize_model(model, calib, solver, progress=progress)
         else:
-            traced = trace(model, [max(calib, key=len)[:2048]], blocks=request.blocks)
-            quantize_traced(model, calib, solver, traced=traced, progress=progress)
+            with together(model):
+                traced = trace(model, [max(calib, key=len)[:2048]], blocks=request.blocks)
+                quantize_traced(model, calib, solver, traced=traced, progress=progress)
     _describe(model, request)
 
 
@@ -97,19 +98,3 @@ def _shown() -> Iterator[Progress | None]:
 
     with progress("Quantizing blocks") as advance:
         yield lambda done, total, _: advance(done, total)
-
-
-@contextmanager
-def _together(model: Any) -> Iterator[None]:
-    """All weights on the CPU while accelerate has spread them over devices, and afterwards the quantized ones spread like them."""
-    places = getattr(model, "hf_device_map", {})
-    if len(set(places.values())) < 2:
-        yield
-        return
-    from accelerate import dispatch_model
-    from accelerate.hooks import remove_hook_from_submodules
-
-    remove_hook_from_submodules(model)
-    model.to("cpu")
-    yield
-    dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)

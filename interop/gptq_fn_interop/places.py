@@ -28,6 +28,8 @@ def stored_tensors(files: Iterable[str], directory: str) -> dict[str, torch.Tens
         if os.path.isdir(directory) and not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(directory)):
             raise ValueError(f"The index of {directory} points to {path}, which is no file of its directory; it is damaged or malicious.")
         for name, (shape, dtype) in headers(Path(path)).items():
+            if name.endswith((".weight", ".bias")) and "int" in dtype:
+                raise ValueError(f"{name} holds {dtype}, but floating numbers are expected; {path} is damaged or of another format.")
             kind = getattr(torch, dtype, None)  # there are more in safetensors, but none that GPTQ uses
             if name.rpartition(".")[2] in TENSORS and isinstance(kind, torch.dtype):
                 found[name] = torch.empty(shape, dtype=kind, device="meta")

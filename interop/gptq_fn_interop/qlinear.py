@@ -9,6 +9,7 @@ from gptq_fn_kernels import Packed, Prepared, dequantize, multiply, prepare
 from torch import nn
 
 from gptq_fn_interop.gptq_format import zeros_of
+from gptq_fn_interop.tensors import to_numpy
 from gptq_fn_interop.weight import DequantizedWeight, refuse
 
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
@@ -98,7 +99,7 @@ class QuantLinear(nn.Linear):
         qweight, qzeros, scales, g_idx = self._tensors()
         if qzeros.is_meta:
             raise ValueError(f"{self} has no values yet: its tensors are on the meta device. Load a checkpoint into it first.")
-        stored = zeros_of(qzeros.cpu().numpy(), self.bits, self.out_features, self.scheme)
+        stored = zeros_of(to_numpy(qzeros), self.bits, self.out_features, self.scheme)
         if stored == "v1_carry":
             qzeros = qzeros + _ONES[self.bits]
         return Packed(qweight, qzeros, scales.detach(), g_idx, self.bits, 1 if stored == "v1" else 0)

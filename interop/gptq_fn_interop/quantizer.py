@@ -25,6 +25,7 @@ from gptq_fn_interop.gptq_config import GPTQConfig, save_config
 from gptq_fn_interop.gptq_format import TENSORS, regular_groups, scheme_of
 from gptq_fn_interop.places import Place, bits_of, place_of, stored_tensors
 from gptq_fn_interop.qlinear import QuantLinear
+from gptq_fn_interop.tensors import to_torch
 
 
 def register() -> None:
@@ -102,7 +103,7 @@ class GptqQuantizer(HfQuantizer):
         if place.outputs not in (None, found := mine["scales"].shape[-1]):
             raise ValueError(f"{stored_as} has {found} outputs but the model's linear {place.outputs}; config.json is of another model.")
         if "g_idx" not in mine:
-            g_idx = torch.from_numpy(regular_groups(stored_as, place.inputs, len(mine["scales"]), scheme))
+            g_idx = to_torch(regular_groups(stored_as, place.inputs, len(mine["scales"]), scheme))
             mine["g_idx"] = self._absent_g_idx[place.path] = g_idx
         backend = None if self.quantization_config.backend == "auto" else self.quantization_config.backend
         try:

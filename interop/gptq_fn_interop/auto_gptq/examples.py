@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gptq_fn_interop.tensors import to_numpy
+
 
 def samples(examples: Iterable[Mapping[str, Any]]) -> list[np.ndarray]:
     """One int array [time] for each row of each example's input_ids, without the tokens that its attention_mask masks.
@@ -31,5 +33,5 @@ def samples(examples: Iterable[Mapping[str, Any]]) -> list[np.ndarray]:
 
 
 def _rows(ids: Any) -> list[np.ndarray]:
-    ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else ids
+    ids = to_numpy(ids) if isinstance(ids, torch.Tensor) else ids
     return [np.asarray(row) for row in (ids if len(ids) and np.ndim(ids[0]) else [ids])]

@@ -1,24 +1,25 @@
 """AutoGPTQ's model classes: a transformers model with the methods that quantize, save and load it."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gptq_fn import Report
+from gptq_fn import QuantConfig, Report
 from gptq_fn_interop.auto_gptq import files
 from gptq_fn_interop.auto_gptq.config import BaseQuantizeConfig
 from gptq_fn_interop.auto_gptq.examples import samples
 from gptq_fn_interop.cli import progress
 from gptq_fn_interop.hub import local
-from gptq_fn_interop.in_memory import quantize_model
+from gptq_fn_interop.in_memory import quantize_model, together
+from gptq_fn_interop.stream import Progress
 from gptq_fn_interop.trace import trace
 from gptq_fn_interop.traced import quantize_traced
 
@@ -122,11 +123,8 @@ class BaseGPTQForCausalLM(nn.Module):
         if self.quantized:
             raise ValueError("This model is quantized already; to quantize it in another way, load the float model with from_pretrained.")
         tokens, config = samples(examples), self.quantize_config.quant_config()
-        run: Callable[..., Report] = quantize_model
-        if self.layers_block_name is not None:
-            run = partial(quantize_traced, traced=trace(self.model, max(tokens, key=len)[None, :2048], definition=type(self)))
         with progress("Quantizing blocks") as advance:
-            report = run(self.model, tokens, config, progress=lambda done, total, _: advance(done, total))
+            report = self._solve(tokens, config, lambda done, total, _: advance(done, total))
         self.quantized = True
         if report.rounded:
             warnings.warn(
@@ -135,6 +133,13 @@ class BaseGPTQForCausalLM(nn.Module):
                 stacklevel=2,
             )
         return report
+
+    def _solve(self, tokens: Sequence[np.ndarray], config: QuantConfig, progress: Progress) -> Report:
+        if self.layers_block_name is None:
+            return quantize_model(self.model, tokens, config, progress=progress)
+        with together(self.model):
+            traced = trace(self.model, max(tokens, key=len)[None, :2048], definition=type(self))
+            return quantize_traced(self.model, tokens, config, traced=traced, progress=progress)
 
     def save_quantized(
         self,
