@@ -3,6 +3,10 @@
 The rules are those of the engines' own sources: vLLM 0.33, SGLang 0.5.23, llama.cpp's converter of 2026-10, ExLlamaV2 0.3.2,
 GPTQModel 7.7, transformers 5.23. They speak of one device, and of how linears are quantized; whether an engine knows the
 model's architecture is another question.
+
+How they were checked, in 2026-11: vLLM's and SGLang's own Python for configs and linears, with their other modules stood in
+for, agreed on the cases of tests/test_engines.py and on SmolLM2; llama.cpp's converter read six of the cases to the same
+weights, GPTQModel six to the same weights and logits. Rules for experts, quantized heads and ExLlamaV2 were read and not run.
 """
 
 import re
