@@ -3,8 +3,9 @@
     python benchmarks/generate.py FLOAT QUANTIZED
 
 Claim: on two CPU cores the quantized model generates faster here than in transformers with this package's layers, and the float
-one nearly as fast as in transformers. Both compute in float32 and take the likeliest tokens. A step reads every weight once, so the float model's bytes over the memory's bandwidth, printed here, bound it.
-The quantized model has no kernel in JAX: each step dequantizes each block anew. transformers uses the kernel chosen here.
+one nearly as fast as in transformers. Both compute in float32 and take the likeliest tokens. A step reads every weight once,
+so the float model's bytes over the memory's bandwidth, printed here, bound it. The quantized model has no kernel in JAX: each
+step dequantizes each block anew. transformers uses the kernel chosen here.
 """
 
 import argparse
