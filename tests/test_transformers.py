@@ -456,6 +456,22 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path, change: Callabl
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_config_that_promises_more_blocks_is_refused(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers and only warn."""
+    case = checkpoint(tmp_path, "gpt2", Scheme())
+    config = case.config()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 3}))
+    with pytest.raises(ValueError, match=r"promises 3 transformer[.]h, but the files hold nothing of number 2; it is of another model"):
+        load(tmp_path)
+
+
+def test_whole_numbers_in_the_place_of_a_norm_are_refused(tmp_path: Path) -> None:
+    case = checkpoint(tmp_path, "llama", Scheme())
+    case.rewrite(lambda tensors: tensors.__setitem__("model.norm.weight", tensors["model.norm.weight"].to(torch.int32)))
+    with pytest.raises(ValueError, match=r"model[.]norm[.]weight holds int32, but floating numbers are expected"):
+        load(tmp_path)
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     case = checkpoint(tmp_path, "llama", Scheme(), shards=2)
     whole = (tmp_path / "model-00001-of-00002.safetensors").read_bytes()
@@ -577,4 +593,6 @@ def test_to_hf_says_what_it_needs() -> None:
         to_hf(by_hand)
     assert isinstance(to_hf(by_hand, copy.deepcopy(FAMILIES["llama"])), transformers.LlamaForCausalLM)
     with pytest.raises(ValueError, match="describe different models"):
+        to_hf(by_hand, transformers.Qwen3Config(**GATED, head_dim=16))  # which has norms of queries and keys
+    with pytest.raises(ValueError, match="it is of another model"):
         to_hf(by_hand, LlamaConfig(**{**GATED, "num_hidden_layers": 3}))

@@ -1,6 +1,7 @@
 """Where the quantized linears of a checkpoint go in a model of transformers, as told by the headers of its files."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from gptq_fn_interop.checkpoint import headers
 from gptq_fn_interop.experts import inputs_of, is_fused
-from gptq_fn_interop.gptq_format import TENSORS
 
 
 def stored_tensors(files: Iterable[str], directory: str) -> dict[str, torch.Tensor]:
-    """The quantized tensors of safetensors files without their values, on the meta device. An index may not lead out of `directory`."""
+    """The tensors of safetensors files without their values, on the meta device. An index may not lead out of `directory`."""
     found = {}
     for path in files:
         if not str(path).endswith(".safetensors"):
@@ -31,7 +31,7 @@ def stored_tensors(files: Iterable[str], directory: str) -> dict[str, torch.Tens
             if name.endswith((".weight", ".bias")) and "int" in dtype:
                 raise ValueError(f"{name} holds {dtype}, but floating numbers are expected; {path} is damaged or of another format.")
             kind = getattr(torch, dtype, None)  # there are more in safetensors, but none that GPTQ uses
-            if name.rpartition(".")[2] in TENSORS and isinstance(kind, torch.dtype):
+            if isinstance(kind, torch.dtype):
                 found[name] = torch.empty(shape, dtype=kind, device="meta")
     return found
 
@@ -70,6 +70,26 @@ def place_of(model: Any, modules: Mapping[str, nn.Module], stored_as: str) -> Pl
     if "." not in stored_as:
         return None
     raise ValueError(f"The checkpoint holds a quantized {stored_as}, but {type(model).__name__} has no such linear.")
+
+
+def require_blocks(model: Any, names: Iterable[str]) -> None:
+    """Raise ValueError where the files, which hold tensors of these names, lack a block that the model has.
+
+    transformers would fill such a block with random numbers, and only warn.
+    """
+    for path, blocks in model.named_modules():
+        if isinstance(blocks, nn.ModuleList):
+            number = re.compile(rf"(?:^|[.]){re.escape(path.rpartition('.')[2])}[.](\d+)[.]")
+            there = {int(match[1]) for name in names if (match := number.search(name))}
+            own = {i for i, block in enumerate(blocks) for key, _ in block.named_parameters() if not _tied(model, f"{path}.{i}.{key}")}
+            if there and (absent := sorted(own - there)):
+                raise ValueError(
+                    f"config.json promises {len(blocks)} {path}, but the files hold nothing of number {absent[0]}; it is of another model."
+                )
+
+
+def _tied(model: Any, name: str) -> bool:
+    return name in model.all_tied_weights_keys
 
 
 def _shape_of(module: nn.Module, name: str) -> tuple[int, int]:

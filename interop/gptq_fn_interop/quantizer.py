@@ -23,7 +23,7 @@ from gptq_fn_interop import on_load, request
 from gptq_fn_interop.experts import Experts, fuse
 from gptq_fn_interop.gptq_config import GPTQConfig, save_config
 from gptq_fn_interop.gptq_format import TENSORS, regular_groups, scheme_of
-from gptq_fn_interop.places import Place, bits_of, place_of, stored_tensors
+from gptq_fn_interop.places import Place, bits_of, place_of, require_blocks, stored_tensors
 from gptq_fn_interop.qlinear import QuantLinear
 from gptq_fn_interop.tensors import to_torch
 
@@ -93,6 +93,8 @@ class GptqQuantizer(HfQuantizer):
                 model.set_submodule(name, Experts(modules[name], linears))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+        if checkpoint_files is not None:
+            require_blocks(model, tensors)
         # They are computed after loading, so they are not missing.
         model._keys_to_ignore_on_load_missing.update(f"^{re.escape(name)}\\.g_idx$" for name in self._absent_g_idx)
 
