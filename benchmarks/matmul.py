@@ -1,0 +1,369 @@
+"""Microseconds of one matmul with a quantized weight, for every backend of gptq_fn_kernels and its peers, on one GPU.
+
+    python benchmarks/matmul.py --json matmul.json
+
+Claim: the backend that is chosen beats the peers' at every shape, and a dense layer wherever reading the weight takes longer than
+multiplying with it. "floor" is what the machine allows: the bytes at the rate of a launch that only reads, or the operations at
+the rate of a large dense product, whichever takes longer; both rates are measured first. Everyone gets the same random symmetric
+weight, whose scales fit both 16-bit types, in memory of its own for each of so many calls that the L2 cache holds none. The calls
+are captured in one CUDA graph, replays are timed with events, in turns for each M. Before that every output is filled with NaN and
+compared with float64: "error" is the largest relative error in the row, and "spread" the largest (max - min) / median.
+gemlite, GPTQModel and torch's own int4 kernel take part where they are there. On a CPU the same runs without graphs.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
+# (pyright does not know what Triton makes of a kernel, and the peers may be absent.)
+import argparse
+import importlib.util
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from gptq_fn_kernels import BACKENDS, Backend, Packed, explain, multiply, prepare, problem_of
+from gptq_fn_kernels.words import chunk_of, pack
+
+Multiply = Callable[[torch.Tensor], torch.Tensor]
+"""x [m, k] -> [m, n]"""
+Call = Callable[[], torch.Tensor]
+
+SHAPES = ("4096x4096", "4096x28672", "14336x4096")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A random symmetric weight [n, k] in every form that a contender may want; scales [n, groups] have the activations' dtype."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    bits: int
+    group: int
+
+    @property
+    def packed(self) -> Packed:
+        """As a checkpoint of format v2 stores it, in new memory; a narrow last chunk is filled up with zero points that none reads."""
+        (n, k), groups = self.codes.shape, self.scales.shape[1]
+        zeros = torch.full((n + -n % chunk_of(self.bits)[0], groups), self.middle, dtype=torch.int32, device=self.codes.device)
+        codes = F.pad(self.codes.T.int(), (0, 0, 0, -k % chunk_of(self.bits)[0]))
+        qweight = pack(codes, self.bits, torch.stack)[: -(-k * self.bits // 32)].contiguous()
+        qzeros = pack(zeros, self.bits, torch.stack)[: -(-n * self.bits // 32)].T.contiguous()
+        g_idx = torch.arange(k, dtype=torch.int32, device=self.codes.device) // self.group
+        return Packed(qweight, qzeros, self.scales.T.contiguous(), g_idx, self.bits, 0)
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for zero."""
+        return 2 ** (self.bits - 1)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """[n, k], rounded once."""
+        scales = self.scales.double().repeat_interleave(self.group, 1)[:, : self.codes.shape[1]]
+        return ((self.codes.double() - self.middle) * scales).to(dtype)
+
+    def bytes(self) -> int:
+        """What has to be read of it: codes and scales."""
+        return self.codes.numel() * self.bits // 8 + self.scales.numel() * self.scales.element_size()
+
+
+def random_weight(n: int, k: int, bits: int, group: int, dtype: torch.dtype, device: str) -> Weight:
+    """A weight whose outputs are about as large as its inputs."""
+    generator = torch.Generator(device).manual_seed(n + k + bits)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device=device, generator=generator)
+    size = 2 / (2**bits * math.sqrt(k))
+    scales = size * (0.5 + torch.rand(n, -(-k // group), device=device, generator=generator))
+    return Weight(codes, scales.bfloat16().to(dtype), bits, group)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`build` gives what multiplies with a weight of its own memory, or says in words why it cannot."""
+
+    name: str
+    build: Callable[[Weight], Multiply | str]
+    dense: bool = False
+    """It reads a weight of the activations' dtype."""
+
+
+def ours(backend: Backend) -> Contender:
+    def build(w: Weight) -> Multiply | str:
+        packed = w.packed
+        if reason := explain(problem_of(packed, w.scales.dtype))[backend.name]:
+            return reason
+        prepared = prepare(packed, w.scales.dtype, backend.name)
+        return lambda x: multiply(x, prepared)
+
+    return Contender(f"gptq_fn {backend.name}", build)
+
+
+def dense(w: Weight) -> Multiply:
+    weight = w.dense(w.scales.dtype)
+    return lambda x: F.linear(x, weight)
+
+
+@triton.jit
+def _dequantize(words, scales, out, n, bits: tl.constexpr, group: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    codes: tl.constexpr = 32 // bits
+    row = tl.program_id(0) * rows + tl.arange(0, rows)[:, None]
+    column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
+    word = tl.load(words + row * n + column, column < n)
+    scale = tl.load(scales + row * codes // group * n + column, column < n).to(tl.float32)
+    for i in tl.static_range(codes):
+        level = (word >> (i * bits) & ((1 << bits) - 1)) - (1 << (bits - 1))
+        tl.store(out + (row.to(tl.int64) * codes + i) * n + column, level.to(tl.float32) * scale, column < n)
+
+
+def dequantize_first(w: Weight) -> Multiply | str:
+    """One pass from the checkpoint's words to a dense weight, then the dense product: what large M can always have."""
+    n, k = w.codes.shape
+    if w.codes.device.type != "cuda" or w.bits == 3 or k % 64 or w.group % 16:
+        return "is a Triton kernel for 2, 4 and 8 bits, groups that 16 and inputs that 64 divides, and needs a GPU"
+    packed, grid = w.packed, (k * w.bits // 32 // 4, triton.cdiv(n, 512))
+    out = torch.empty(k, n, dtype=w.scales.dtype, device=w.codes.device)
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        _dequantize[grid](packed.qweight, packed.scales, out, n, w.bits, w.group, 4, 512)
+        return x @ out
+
+    return multiply
+
+
+def tinygemm(w: Weight) -> Multiply | str:
+    """torch's own kernel of 4 bits; its weight is code - 8 times scale, plus a zero that is none here."""
+    n, k = w.codes.shape
+    if w.codes.device.type != "cuda" or w.scales.dtype != torch.bfloat16 or w.bits != 4:
+        return "multiplies torch.bfloat16 with 4 bits, on a GPU"
+    if w.group not in (32, 64, 128, 256) or k % 128 or n % 8:
+        return "has groups of 32, 64, 128 or 256 and shapes that its tiles divide"
+    weight = torch.ops.aten._convert_weight_to_int4pack(w.codes[:, ::2] << 4 | w.codes[:, 1::2], 8)
+    scales = torch.stack([w.scales.T, torch.zeros_like(w.scales.T)], -1).contiguous()
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, weight, w.group, scales)
+
+
+def gemlite(w: Weight) -> Multiply | str:
+    """gemlite's layer as it chooses its kernels itself, with one whole number as the zero point: its cheapest form."""
+    n, k = w.codes.shape
+    if w.codes.device.type != "cuda" or not importlib.util.find_spec("gemlite"):
+        return "needs a GPU and `pip install gemlite`"
+    from gemlite import DType, GemLiteLinear
+
+    if w.bits == 3 or w.scales.dtype not in (torch.float16, torch.bfloat16):
+        return "multiplies torch.float16 and torch.bfloat16 with 2, 4 or 8 bits"
+    if k % 32 or k % w.group:
+        return "has whole groups only"
+    dtype = DType.FP16 if w.scales.dtype == torch.float16 else DType.BF16
+    layer = GemLiteLinear(w.bits, w.group, k, n, input_dtype=dtype, output_dtype=dtype)
+    return layer.pack(w.codes.clone(), w.scales.clone(), zeros=w.middle).forward
+
+
+def gptqmodel(w: Weight) -> Multiply | str:
+    """The Triton layer of GPTQModel."""
+    n, k = w.codes.shape
+    if w.codes.device.type != "cuda" or not importlib.util.find_spec("gptqmodel"):
+        return "needs a GPU and `pip install gptqmodel`"
+    from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
+
+    if w.bits == 3 or w.scales.dtype == torch.float32 or k % 32 or n % 32:
+        return "multiplies torch.float16 and torch.bfloat16 with 2, 4 or 8 bits, in shapes that 32 divides"
+    packed = w.packed
+    layer = TritonV2Linear(bits=w.bits, group_size=w.group, sym=True, desc_act=False, in_features=k, out_features=n, bias=False)
+    for name in ("qweight", "qzeros", "scales", "g_idx"):
+        setattr(layer, name, getattr(packed, name))
+    layer.post_init()
+    return layer.eval()
+
+
+CONTENDERS = (
+    Contender("dense (cuBLAS)", dense, dense=True),
+    Contender("dequantize + dense", dequantize_first),
+    Contender("torch tinygemm", tinygemm),
+    Contender("gemlite", gemlite),
+    Contender("GPTQModel Triton", gptqmodel),
+    *map(ours, BACKENDS),
+)
+
+
+@dataclass(frozen=True)
+class Timer:
+    """How calls are timed on a device; `budget` is the seconds for one figure."""
+
+    device: str
+    budget: float
+
+    def microseconds(self, calls: list[Call], check: Callable[[torch.Tensor], None] | None = None) -> dict[str, float]:
+        """Of one call: median, min and max over replays of runs through all of them. `check` sees what each call writes over NaN."""
+        for call in calls:  # compiles and tunes
+            call()
+        replay, outputs = self._captured(calls)
+        if check:
+            for y in outputs:
+                y.fill_(math.nan)
+            replay()
+            for y in outputs:
+                check(y)
+        replay()
+        once = self._seconds(replay)
+        del replay, outputs
+        rounds = max(1, min(round(2e-3 / once), 1024 // len(calls)))
+        replay, _ = self._captured(calls, rounds)
+        replay()
+        runs = max(5, min(50, round(self.budget / (once * rounds))))
+        times = [1e6 * self._seconds(replay) / (rounds * len(calls)) for _ in range(runs)]
+        return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+
+    def _captured(self, calls: list[Call], rounds: int = 1) -> tuple[Callable[[], object], list[torch.Tensor]]:
+        """What makes `rounds` runs through the calls, and where the outputs of the first run will be."""
+        if self.device == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = [call() for call in calls]
+                for call in calls * (rounds - 1):
+                    call()
+            return graph.replay, outputs
+        outputs = [call() for call in calls]
+
+        def replay() -> None:
+            for y, call in zip(outputs, calls, strict=True):
+                y.copy_(call())
+            for call in calls * (rounds - 1):
+                call()
+
+        return replay, outputs
+
+    def _seconds(self, f: Callable[[], object]) -> float:
+        if self.device == "cpu":
+            began = time.perf_counter()
+            f()
+            return time.perf_counter() - began
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        f()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+@triton.jit
+def _read(x, out, block: tl.constexpr, blocks: tl.constexpr):
+    total = tl.zeros((block,), tl.int32)
+    for i in tl.static_range(blocks):
+        total ^= tl.load(x + tl.program_id(0).to(tl.int64) * block * blocks + i * block + tl.arange(0, block))
+    once = tl.xor_sum(total, 0)
+    if once == 123456789:  # hardly ever, but the loads must not be dropped
+        tl.store(out, once)
+
+
+def ceilings(timer: Timer, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes a second that are read, and operations a second of a large dense product."""
+    cpu = timer.device == "cpu"
+    words, size = (2**24, 512) if cpu else (2**29, 8192)
+    x = torch.randint(-(2**31), 2**31 - 1, (words,), dtype=torch.int32, device=timer.device)
+    out = torch.zeros(1, dtype=torch.int32, device=timer.device)
+
+    def reader(block: int, blocks: int) -> Call:
+        def read() -> torch.Tensor:
+            _read[words // (block * blocks),](x, out, block, blocks, num_warps=block // 512)
+            return out
+
+        return read
+
+    readers = [lambda: x.amax().reshape(1)] if cpu else [reader(2048, 4), reader(2048, 8), reader(4096, 8)]
+    a, b = (torch.randn(size, size, device=timer.device).to(dtype) for _ in range(2))
+    bandwidth = 4e6 * words / min(timer.microseconds([read])["min"] for read in readers)
+    return bandwidth, 2e6 * size**3 / timer.microseconds([lambda: a @ b.T])["min"]
+
+
+def measured(k: int, n: int, bits: int, group: int, dtype: torch.dtype, args: argparse.Namespace, rates: tuple[float, float]) -> dict:
+    """The figures of every contender at one shape, and the floor's."""
+    timer = Timer(args.device, args.budget)
+    w = random_weight(n, k, bits, group, dtype, args.device)
+    exact = w.dense(torch.float64)
+    cache = 0 if args.device == "cpu" else torch.cuda.get_device_properties(0).L2_cache_size
+    built, rows = {}, {}
+    for contender in (c for c in CONTENDERS if not args.only or any(word in c.name for word in args.only)):
+        first = contender.build(w)
+        if isinstance(first, str):
+            rows[contender.name] = {"reason": first}
+            continue
+        size = n * k * dtype.itemsize if contender.dense else w.bytes()
+        copies = 1 + max(1, math.ceil(args.rotate * cache / size))
+        built[contender.name] = [first, *(contender.build(replace(w, scales=w.scales.clone())) for _ in range(copies - 1))]
+        rows[contender.name] = {"copies": copies, "times": {}, "error": {}, "failed": {}}
+    rows["floor"] = {"times": {}}
+    for m in args.rows:
+        x = torch.randn(m, k, device=args.device, generator=torch.Generator(args.device).manual_seed(m)).to(dtype)
+        right = x.double() @ exact.T
+        moved = w.bytes() + (x.numel() + right.numel()) * dtype.itemsize
+        rows["floor"]["times"][m] = {"median": 1e6 * max(moved / rates[0], 2 * m * n * k / rates[1])}
+        for name, forms in built.items():
+            errors = []
+
+            def check(y: torch.Tensor, errors: list[float] = errors, right: torch.Tensor = right) -> None:
+                errors.append(float((y.double() - right).norm() / right.norm()))
+
+            try:
+                rows[name]["times"][m] = timer.microseconds([lambda form=form, x=x: form(x) for form in forms], check)
+                rows[name]["error"][m] = math.nan if any(map(math.isnan, errors)) else max(errors)
+            except (RuntimeError, ValueError, triton.TritonError) as error:  # of one contender at one M; the others go on
+                rows[name]["failed"][m] = str(error).strip().splitlines()[0]
+    return {"k": k, "n": n, "bits": bits, "group": group, "dtype": str(dtype), "rows": rows}
+
+
+def show(result: dict, ms: list[int]) -> None:
+    """A line for each contender, in microseconds, and a reason for each that is not there."""
+    dtype = result["dtype"].removeprefix("torch.")
+    print(f"\n{result['k']} x {result['n']}, {result['bits']} bits, group {result['group']}, {dtype}: microseconds")
+    print(f"{'M':>24}" + "".join(f"{m:8}" for m in ms) + "    error spread")
+    rows = result["rows"]
+    for name, row in ((name, row) for name, row in rows.items() if "times" in row):
+        times = row["times"]
+        cells = "".join(f"{times[m]['median']:8.1f}" if m in times else f"{'-':>8}" for m in ms)
+        spread = max(((t["max"] - t["min"]) / t["median"] for t in times.values() if "max" in t), default=math.nan)
+        error = max(row.get("error", {}).values(), default=math.nan, key=lambda e: math.inf if math.isnan(e) else e)
+        print(f"{name:>24}{cells}" + ("" if name == "floor" else f" {error:8.1e} {spread:5.0%}"))
+    for name, row in rows.items():
+        for m, why in row.get("failed", {}).items():
+            print(f"{'':>8}{name} failed at M = {m}: {why}")
+    print(f"{'':>8}without " + "; ".join(f"{name}, which {row['reason']}" for name, row in rows.items() if "reason" in row))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="inputs x outputs of the weight")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="M: how many activations are multiplied at once")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4], choices=(2, 3, 4, 8))
+    parser.add_argument("--groups", type=int, nargs="+", default=[128], help="inputs that share a scale; 0 for one group a row")
+    parser.add_argument("--dtypes", nargs="+", default=["float16"], choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--only", nargs="+", default=(), help="words of the names of contenders: these alone")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--rotate", type=float, default=3, help="the weights of a run through all copies, in sizes of the L2 cache")
+    parser.add_argument("--budget", type=float, default=0.15, help="seconds for one figure")
+    parser.add_argument("--json", type=Path, help="where to write every figure, with min, max and error")
+    args = parser.parse_args()
+    gpu = torch.cuda.get_device_properties(0) if args.device == "cuda" else None
+    about = f"{gpu.name}, L2 {gpu.L2_cache_size >> 20} MiB" if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{about}; torch {torch.__version__}, triton {triton.__version__}")
+    rates, results = {}, []
+    with torch.inference_mode():
+        for dtype in (getattr(torch, name) for name in args.dtypes):
+            rates[dtype] = ceilings(Timer(args.device, args.budget), dtype)
+            print(f"{dtype}: reads {rates[dtype][0] / 1e9:.0f} GB/s, multiplies at {rates[dtype][1] / 1e12:.3g} TFLOP/s", flush=True)
+        for dtype, (shape, bits, group) in product(rates, product(args.shapes, args.bits, args.groups)):
+            k, n = map(int, shape.split("x"))
+            results.append(measured(k, n, bits, group or k, dtype, args, rates[dtype]))
+            show(results[-1], args.rows)
+            if args.json:
+                told = {str(dtype): {"read": read, "multiply": flops} for dtype, (read, flops) in rates.items()}
+                args.json.write_text(json.dumps({"about": about, "ceilings": told, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
