@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -335,7 +335,7 @@ def show(result: dict, ms: list[int]) -> None:
     print(f"{'':>8}without " + "; ".join(f"{name}, which {row['reason']}" for name, row in rows.items() if "reason" in row))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="inputs x outputs of the weight")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="M: how many activations are multiplied at once")
@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("--rotate", type=float, default=3, help="the weights of a run through all copies, in sizes of the L2 cache")
     parser.add_argument("--budget", type=float, default=0.15, help="seconds for one figure")
     parser.add_argument("--json", type=Path, help="where to write every figure, with min, max and error")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     gpu = torch.cuda.get_device_properties(0) if args.device == "cuda" else None
     about = f"{gpu.name}, L2 {gpu.L2_cache_size >> 20} MiB" if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{about}; torch {torch.__version__}, triton {triton.__version__}")

@@ -17,7 +17,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ Text = Callable[[int], list[list[int]]]
 console = Console()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=["llama-7b", "llama-3-8b"], choices=SHAPES)
     parser.add_argument("--weights", nargs="+", default=["dense", "int"], choices=("dense", "int"), help="the model as it is, or quantized")
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="tell what the time of a captured step goes to")
     parser.add_argument("--json", type=Path, help="where to write the figures and the tokens")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.dtype = getattr(torch, args.dtype)
 
     found = []
