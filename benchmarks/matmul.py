@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from gptq_fn_interop.timing import Call, copies_of, stopwatch
 from gptq_fn_kernels import BACKENDS, Backend, Packed, explain, multiply, prepare, problem_of
 from gptq_fn_kernels.words import chunk_of, pack
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 """x [m, k] -> [m, n]"""
-Call = Callable[[], torch.Tensor]
 
 SHAPES = ("4096x4096", "4096x28672", "14336x4096")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -191,64 +191,12 @@ CONTENDERS = (
 )
 
 
-@dataclass(frozen=True)
-class Timer:
-    """How calls are timed on a device; `budget` is the seconds for one figure."""
-
-    device: str
-    budget: float
-
-    def microseconds(self, calls: list[Call], check: Callable[[torch.Tensor], None] | None = None) -> dict[str, float]:
-        """Of one call: median, min and max over replays of runs through all of them. `check` sees what each call writes over NaN."""
-        for call in calls:  # compiles and tunes
-            call()
-        replay, outputs = self._captured(calls)
-        if check:
-            for y in outputs:
-                y.fill_(math.nan)
-            replay()
-            for y in outputs:
-                check(y)
-        replay()
-        once = self._seconds(replay)
-        del replay, outputs
-        rounds = max(1, min(round(2e-3 / once), 1024 // len(calls)))
-        replay, _ = self._captured(calls, rounds)
-        replay()
-        runs = max(5, min(50, round(self.budget / (once * rounds))))
-        times = [1e6 * self._seconds(replay) / (rounds * len(calls)) for _ in range(runs)]
-        return {"median": statistics.median(times), "min": min(times), "max": max(times)}
-
-    def _captured(self, calls: list[Call], rounds: int = 1) -> tuple[Callable[[], object], list[torch.Tensor]]:
-        """What makes `rounds` runs through the calls, and where the outputs of the first run will be."""
-        if self.device == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = [call() for call in calls]
-                for call in calls * (rounds - 1):
-                    call()
-            return graph.replay, outputs
-        outputs = [call() for call in calls]
-
-        def replay() -> None:
-            for y, call in zip(outputs, calls, strict=True):
-                y.copy_(call())
-            for call in calls * (rounds - 1):
-                call()
-
-        return replay, outputs
-
-    def _seconds(self, f: Callable[[], object]) -> float:
-        if self.device == "cpu":
-            began = time.perf_counter()
-            f()
-            return time.perf_counter() - began
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        f()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+def microseconds(calls: list[Call], device: str, budget: float, check: Callable[[torch.Tensor], None] | None = None) -> dict[str, float]:
+    """Of one call: median, min and max over `budget` seconds."""
+    measure, times, began = stopwatch(calls, device, check), [], time.perf_counter()
+    while len(times) < 5 or (len(times) < 100 and time.perf_counter() - began < budget):
+        times.append(measure())
+    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
 
 
 @triton.jit
@@ -261,12 +209,12 @@ def _read(x, out, block: tl.constexpr, blocks: tl.constexpr):
         tl.store(out, once)
 
 
-def ceilings(timer: Timer, dtype: torch.dtype) -> tuple[float, float]:
+def ceilings(device: str, budget: float, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes a second that are read, and operations a second of a large dense product."""
-    cpu = timer.device == "cpu"
+    cpu = device == "cpu"
     words, size = (2**24, 512) if cpu else (2**29, 8192)
-    x = torch.randint(-(2**31), 2**31 - 1, (words,), dtype=torch.int32, device=timer.device)
-    out = torch.zeros(1, dtype=torch.int32, device=timer.device)
+    x = torch.randint(-(2**31), 2**31 - 1, (words,), dtype=torch.int32, device=device)
+    out = torch.zeros(1, dtype=torch.int32, device=device)
 
     def reader(block: int, blocks: int) -> Call:
         def read() -> torch.Tensor:
@@ -276,17 +224,15 @@ def ceilings(timer: Timer, dtype: torch.dtype) -> tuple[float, float]:
         return read
 
     readers = [lambda: x.amax().reshape(1)] if cpu else [reader(2048, 4), reader(2048, 8), reader(4096, 8)]
-    a, b = (torch.randn(size, size, device=timer.device).to(dtype) for _ in range(2))
-    bandwidth = 4e6 * words / min(timer.microseconds([read])["min"] for read in readers)
-    return bandwidth, 2e6 * size**3 / timer.microseconds([lambda: a @ b.T])["min"]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    bandwidth = 4e6 * words / min(microseconds([read], device, budget)["min"] for read in readers)
+    return bandwidth, 2e6 * size**3 / microseconds([lambda: a @ b.T], device, budget)["min"]
 
 
 def measured(k: int, n: int, bits: int, group: int, dtype: torch.dtype, args: argparse.Namespace, rates: tuple[float, float]) -> dict:
     """The figures of every contender at one shape, and the floor's."""
-    timer = Timer(args.device, args.budget)
     w = random_weight(n, k, bits, group, dtype, args.device)
     exact = w.dense(torch.float64)
-    cache = 0 if args.device == "cpu" else torch.cuda.get_device_properties(0).L2_cache_size
     built, rows = {}, {}
     for contender in (c for c in CONTENDERS if not args.only or any(word in c.name for word in args.only)):
         first = contender.build(w)
@@ -294,7 +240,7 @@ def measured(k: int, n: int, bits: int, group: int, dtype: torch.dtype, args: ar
             rows[contender.name] = {"reason": first}
             continue
         size = n * k * dtype.itemsize if contender.dense else w.bytes()
-        copies = 1 + max(1, math.ceil(args.rotate * cache / size))
+        copies = copies_of(size, args.device)
         built[contender.name] = [first, *(contender.build(replace(w, scales=w.scales.clone())) for _ in range(copies - 1))]
         rows[contender.name] = {"copies": copies, "times": {}, "error": {}, "failed": {}}
     rows["floor"] = {"times": {}}
@@ -310,7 +256,7 @@ def measured(k: int, n: int, bits: int, group: int, dtype: torch.dtype, args: ar
                 errors.append(float((y.double() - right).norm() / right.norm()))
 
             try:
-                rows[name]["times"][m] = timer.microseconds([lambda form=form, x=x: form(x) for form in forms], check)
+                rows[name]["times"][m] = microseconds([lambda form=form, x=x: form(x) for form in forms], args.device, args.budget, check)
                 rows[name]["error"][m] = math.nan if any(map(math.isnan, errors)) else max(errors)
             except (RuntimeError, ValueError, triton.TritonError) as error:  # of one contender at one M; the others go on
                 rows[name]["failed"][m] = str(error).strip().splitlines()[0]
@@ -344,7 +290,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float16"], choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--only", nargs="+", default=(), help="words of the names of contenders: these alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--rotate", type=float, default=3, help="the weights of a run through all copies, in sizes of the L2 cache")
     parser.add_argument("--budget", type=float, default=0.15, help="seconds for one figure")
     parser.add_argument("--json", type=Path, help="where to write every figure, with min, max and error")
     args = parser.parse_args(argv)
@@ -354,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates, results = {}, []
     with torch.inference_mode():
         for dtype in (getattr(torch, name) for name in args.dtypes):
-            rates[dtype] = ceilings(Timer(args.device, args.budget), dtype)
+            rates[dtype] = ceilings(args.device, args.budget, dtype)
             print(f"{dtype}: reads {rates[dtype][0] / 1e9:.0f} GB/s, multiplies at {rates[dtype][1] / 1e12:.3g} TFLOP/s", flush=True)
         for dtype, (shape, bits, group) in product(rates, product(args.shapes, args.bits, args.groups)):
             k, n = map(int, shape.split("x"))
