@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from gptq_fn_interop.cli import main, parse_rule
+from gptq_fn_kernels import Problem, choose, explain
 from safetensors import safe_open
 from tiny import save_tiny_llama
 
@@ -70,6 +72,51 @@ def test_inspect_names_the_engines_and_their_reasons(quantized: Path, capsys: py
     assert "11 linears: 4 bits, groups of 32, symmetric, float16 scales" in said
     assert "zero points: v1" in said
     assert "llama.cpp" in said
+
+
+def test_kernels_tells_every_backend_its_reason_and_which_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["kernels", "--bits", "3", "--no-sym", "--group-size", "None", "--k", "96", "--n", "64", "--dtype", "bfloat16", "--device", "cpu"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    problem = Problem(3, 96, 64, 96, False, torch.bfloat16, "cpu")
+    for name, reason in explain(problem).items():
+        assert f"{name} yes" in said if reason is None else f"{name} no {reason}" in said
+    assert f"3 bits, one group a row, asymmetric, 96 x 64: {choose(problem).name} is taken." in said
+
+
+def test_kernels_times_those_that_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["kernels", "--act-order", "--group-size", "32", "--k", "64", "--n", "32", "--device", "cpu", "--time", "--rows", "1", "3"])
+    said = capsys.readouterr().out
+    assert "4 bits, act-order, symmetric, 64 x 32" in said
+    figures = {cells[0].strip(): cells[1:] for line in said.splitlines() if "(" in line and (cells := line.split("│")[1:-1])}
+    serving = [name for name, reason in explain(Problem(4, 64, 32, None, True, torch.float32, "cpu")).items() if reason is None]
+    assert list(figures) == [*serving, "dense"]
+    for cells in figures.values():
+        assert [float(number) > 0 for cell in cells for number in cell.replace("(", "").replace(")", "").split()] == [True] * 4
+    assert all("(1.00)" in cell for cell in figures["dense"])
+    assert "how many times as fast" in said
+
+
+def test_kernels_tells_of_each_kind_in_a_checkpoint(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["kernels", str(quantized), "--backend", "reference", "--device", "cpu"])
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert sorted(lines) == [
+        ["2", "8 bits, one group a row, symmetric, 96 x 64", "reference"],
+        ["3", "4 bits, groups of 32, symmetric, 64 x 64", "reference"],
+        ["4", "4 bits, groups of 32, symmetric, 64 x 32", "reference"],
+        ["4", "4 bits, groups of 32, symmetric, 64 x 96", "reference"],
+    ]
+
+
+def test_kernels_fails_in_sentences(source: Path, quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Backend 'triton' does not serve" in (said := failure(capsys, "kernels", "--device", "cpu", "--backend", "triton"))
+    assert "reference: serves it" in said
+    assert "There is no backend 'marlin'" in failure(capsys, "kernels", str(quantized), "--backend", "marlin")
+    assert "leave out the options" in failure(capsys, "kernels", str(quantized), "--bits", "3")
+    assert "positive numbers" in failure(capsys, "kernels", "--k", "0")
+    assert "from 1 on, not 4 0" in failure(capsys, "kernels", "--rows", "4", "0")
+    assert "float checkpoint" in failure(capsys, "kernels", str(source))
+    if not torch.cuda.is_available():
+        assert "no GPU here to measure on" in failure(capsys, "kernels", "--device", "cuda", "--time")
 
 
 def test_failures_are_sentences(source: Path, quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

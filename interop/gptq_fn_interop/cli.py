@@ -17,6 +17,7 @@ from rich.table import Table
 from tyro.conf import Positional, Suppress, arg
 
 from gptq_fn import FAMILIES, QuantConfig, Report, Rule
+from gptq_fn_interop.cli_kernels import kernels
 
 out = Console()
 problems = Console(stderr=True)
@@ -294,7 +295,7 @@ def progress(title: str):
         yield advance
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"quantize": quantize, "eval": evaluate, "inspect": inspect}
+COMMANDS: dict[str, Callable[..., None]] = {"quantize": quantize, "eval": evaluate, "inspect": inspect, "kernels": kernels}
 
 
 def main(args: Sequence[str] | None = None) -> None:
