@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gptq_fn_kernels.words import chunk_of, pack, words_of
+from gptq_fn_kernels.words import chunk_of, pack, unpack, words_of
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
-from gptq_fn import interop
+import gptq_fn
+from gptq_fn import interop, kernels
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000},
@@ -129,7 +130,7 @@ def ways(model: Any, prompts: torch.Tensor, args: argparse.Namespace) -> Any:
         for beams in args.num_beams:
             yield "generate", beams, plain(model, prompts, beams), args.generate_tokens or args.max_new_tokens
     if "jax" in args.paths:
-        yield "jax", None, in_jax(model, prompts), args.max_new_tokens
+        yield "jax", None, in_jax(model, prompts, args), args.max_new_tokens
 
 
 def plain(model: Any, prompts: torch.Tensor, beams: int) -> Text:
@@ -170,7 +171,7 @@ def captured(model: Any, prompts: torch.Tensor, args: argparse.Namespace) -> Tex
         return torch.cat(found, 1).tolist()
 
     if args.profile:
-        tell_where_time_goes(replay)
+        tell_where_time_goes(lambda: [replay() for _ in range(5)], 5, args.device)
     return text
 
 
@@ -188,15 +189,47 @@ def captured_in_graph(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def in_jax(model: Any, prompts: torch.Tensor) -> Text:
-    """gptq_fn's own generate, on a copy of the weights."""
+def in_jax(model: Any, prompts: torch.Tensor, args: argparse.Namespace) -> Text:
+    """gptq_fn's own generate, on a copy of the weights: quantized ones stay packed."""
     import jax
 
-    import gptq_fn
-
-    params, spec = interop.from_hf(model)
+    params, spec = in_jax_arrays(model)
     tokens = interop.to_jax(prompts.int())
-    return lambda n: jax.block_until_ready(gptq_fn.generate(spec, params, tokens, n)).tolist()
+
+    def text(n: int) -> list[list[int]]:
+        return jax.block_until_ready(gptq_fn.generate(spec, params, tokens, n)).tolist()
+
+    if args.profile and args.device != "cpu":  # XLA's work on a CPU is no operation of torch
+        text(64)
+        tell_where_time_goes(lambda: text(64), 64, args.device)
+    return text
+
+
+def in_jax_arrays(model: Any) -> tuple[dict[str, Any], gptq_fn.ModelSpec]:
+    """What `interop.from_hf` followed by `kernels.pack` gives, but codes are unpacked on the device, not on the host."""
+    import jax.numpy as jnp
+
+    spec = gptq_fn.spec_from_config(json.loads(model.config.to_json_string()))
+
+    def leaf(name: str) -> Any:
+        module = model.get_submodule(name)
+        if not isinstance(module, interop.QuantLinear):
+            return {"weight": interop.to_jax(module.weight)}
+        packed = module.packed
+        return gptq_fn.QuantizedLinear(
+            codes=unpack(interop.to_jax(packed.qweight), packed.bits, packed.k, jnp.stack).T.astype(jnp.uint8),
+            scale=interop.to_jax(packed.scales.T),
+            zero=interop.to_jax(packed.zeros.T.to(torch.uint8)),
+            group_of=interop.to_jax(packed.g_idx),
+            bits=packed.bits,
+        )
+
+    def block(i: int) -> dict[str, Any]:
+        names = [*spec.blocks[i].norms, *((linear.role, linear.name) for linear in spec.blocks[i].linears)]
+        return kernels.pack_roles({role: leaf(spec.prefix.format(i=i) + name) for role, name in names if name})
+
+    top = {role: leaf(name) for role, name in spec.tensors if name and not (role == "head" and spec.tied)}
+    return {"top": top, "blocks": [block(i) for i in range(len(spec.blocks))]}, spec
 
 
 def measured(text: Text, n: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -211,16 +244,18 @@ def measured(text: Text, n: int, args: argparse.Namespace) -> dict[str, Any]:
     return {"tokens_per_second": args.batch_size * n / statistics.median(seconds), "new": n, "seconds": seconds, "tokens": tokens}
 
 
-def tell_where_time_goes(replay: Callable[[], None], steps: int = 5) -> None:
-    """The ten kernels that a step spends most of its time in."""
-    on_gpu = torch.cuda.is_available()
+def tell_where_time_goes(run: Callable[[], object], steps: int, device: str) -> None:
+    """The ten kernels, whosever they are, that a run of so many steps spends most of its time in."""
+    on_gpu = device != "cpu"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
-        for _ in range(steps):
-            replay()
-        synchronize("cuda" if on_gpu else "cpu")
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds = time.perf_counter() - began
     each = [(e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key) for e in found.key_averages()]
     total = sum(spent for spent, _, _ in each)
-    table = Table("us a step", "of it", "calls", "kernel", title=f"One step: {total / steps:.0f} us in kernels")
+    title = f"A step of {1e6 * seconds / steps:.0f} us, {total / steps:.0f} of it in kernels"
+    table = Table("us", "of kernels", "calls", "kernel", title=title)
     for spent, count, name in sorted(each, reverse=True)[:10]:
         table.add_row(f"{spent / steps:.1f}", f"{spent / total:.1%}", f"{count / steps:g}", name[:90])
     console.print(table)
