@@ -1,0 +1,92 @@
+"""Which kernel multiplies how many rows, and its block sizes: a table, measured on an H100 (kernels/NOTES.md).
+
+Knows no framework: torch and JAX launch the same kernels by it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gptq_fn_kernels.triton.layout import chunk_of, fields_of
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice depends on."""
+
+    processors: int
+    """Streaming multiprocessors, or compute units."""
+    shared: int
+    """Bytes of shared memory that a program can have."""
+    tensor_float: bool
+    """Whether its matrix units take float32 cut into three parts (NVIDIA from sm_80 on)."""
+    overlap: bool
+    """Whether a kernel can be launched while the one before still runs (NVIDIA from sm_90 on)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to launch a product."""
+
+    kernel: Literal["few_rows", "many_rows"]
+    rows: int
+    """Rows of activations in a block."""
+    outputs: int
+    """Outputs in a block."""
+    split: int
+    """Parts into which the inputs are split: over a program's warps (few_rows), or over programs (many_rows)."""
+    warps: int
+    stages: int
+    """Chunks of inputs under way at a time."""
+
+
+_TABLE: tuple[tuple[int, int, Plan], ...] = (
+    (8, 16384, Plan("few_rows", rows=8, outputs=32, split=2, warps=2, stages=3)),
+    (8, 8192, Plan("few_rows", rows=8, outputs=32, split=4, warps=4, stages=3)),
+    (8, 0, Plan("few_rows", rows=8, outputs=16, split=4, warps=4, stages=3)),
+    (16, 0, Plan("many_rows", rows=16, outputs=64, split=8, warps=4, stages=4)),
+    (32, 0, Plan("many_rows", rows=32, outputs=64, split=8, warps=4, stages=4)),
+    (64, 16384, Plan("many_rows", rows=64, outputs=128, split=8, warps=8, stages=3)),
+    (64, 0, Plan("many_rows", rows=64, outputs=64, split=8, warps=4, stages=4)),
+    (192, 12288, Plan("many_rows", rows=64, outputs=128, split=8, warps=8, stages=3)),
+    (256, 16384, Plan("many_rows", rows=256, outputs=128, split=8, warps=8, stages=3)),
+    (384, 12288, Plan("many_rows", rows=64, outputs=128, split=8, warps=8, stages=3)),
+    (384, 0, Plan("many_rows", rows=64, outputs=64, split=8, warps=4, stages=3)),
+)
+"""(at most so many rows, at least so many outputs, plan); the first that fits. many_rows splits into at most so many parts."""
+
+_WAVES = 1.25
+"""Programs for each processor from which on splitting the inputs further gains nothing."""
+
+_AHEAD = 512
+"""Inputs under way at a time that more stages are not worth: chunks of 2 and 3 bits are of 256."""
+
+
+def plan_of(m: int, n: int, k: int, *, bits: int, itemsize: int, gpu: Gpu) -> Plan | None:
+    """How to multiply m rows of k inputs and n outputs, `itemsize` bytes each; None where dequantizing once and a dense product are faster."""
+    if itemsize == 4 and m > 16:  # float32 takes three products of the matrix units
+        return None
+    for rows, outputs, plan in _TABLE:
+        stages = min(plan.stages, _AHEAD // chunk_of(bits), gpu.shared // _stage(plan, bits, itemsize))
+        if m <= rows and n >= outputs and stages > 0:
+            return replace(plan, stages=stages, split=plan.split if plan.kernel == "few_rows" else _split(plan, m, n, k, bits, gpu))
+    return None
+
+
+def _split(plan: Plan, m: int, n: int, k: int, bits: int, gpu: Gpu) -> int:
+    """The smallest power of two that gives every processor work, within the plan's and the number of chunks."""
+    blocks, split = -(-n // plan.outputs) * -(-m // plan.rows), 1
+    while 2 * split <= min(plan.split, -(-k // chunk_of(bits))) and blocks * split < _WAVES * gpu.processors:
+        split *= 2
+    return split
+
+
+def constants_of(bits: int, group: int, brain: bool) -> dict[str, int]:
+    """Arguments that every kernel takes; `brain` for activations of bfloat16."""
+    return {"magic": 0x43004300 if brain and bits < 8 else 0x64006400, "BITS": bits, "FIELDS": fields_of(bits), "GROUP": group}
+
+
+def _stage(plan: Plan, bits: int, itemsize: int) -> int:
+    """Bytes of a stage: activations, words, and highest bits of 3; scales and zero points are few."""
+    parts = plan.split if plan.kernel == "few_rows" else 1
+    words = plan.outputs * 16 * (6 if bits == 3 else 4)
+    return parts * (words + plan.outputs * 16 + chunk_of(bits) * plan.rows * itemsize)
