@@ -20,7 +20,7 @@ def program(path: str) -> Callable[[list[str]], None]:
 
 
 def test_every_way_to_generate_gives_the_same_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--max-new-tokens", "8", "--prompt", "16", "--group-size", "32", "--num-beams", "1", "--dtype", "float32"]
+    sizes = ["--max-new-tokens", "8", "--prompt", "16", "--group-size", "32", "--num-beams", "1", "--dtype", "float32", "--backend", "reference"]
     run = program("examples/generation_speed.py")
     run(["--shape", "tiny", "--weights", "int", "--device", "cpu", "--json", str(tmp_path / "f.json"), *sizes])
     found = json.loads((tmp_path / "f.json").read_text())
