@@ -1,5 +1,105 @@
-"""The door to the matmuls with quantized weights."""
+"""The door to the matmuls with quantized weights: those of torch, and packed parameters for `forward` and `generate`."""
 
-from gptq_fn_kernels import BACKENDS, Backend, Packed, Prepared, Problem, choose, dequantize, explain, matmul, multiply, prepare
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-__all__ = ["BACKENDS", "Backend", "Packed", "Prepared", "Problem", "choose", "dequantize", "explain", "matmul", "multiply", "prepare"]
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptq_fn._quantized import QuantizedLinear
+from gptq_fn.model.linear import Joined, Linear
+
+if TYPE_CHECKING:
+    from gptq_fn_kernels import BACKENDS, Backend, Packed, Prepared, Problem, choose, dequantize, explain, matmul, multiply, prepare
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Packed",
+    "Prepared",
+    "Problem",
+    "choose",
+    "dequantize",
+    "explain",
+    "matmul",
+    "multiply",
+    "pack",
+    "pack_roles",
+    "prepare",
+]
+
+JOINED = (("q", "k", "v"), ("gate", "up"))
+"""Roles whose linears read one input and can be one product."""
+
+PREFIXES = ("", "shared.", "experts.")
+"""What stands before roles of MLPs that are part of a mixture."""
+
+
+def pack(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with each QuantizedLinear packed to about its bits a weight, ready to be multiplied as it is.
+
+    `forward` and `generate` take them; nothing is dequantized ahead of a product then. On GPUs, where Triton is
+    installed, products are Triton kernels, elsewhere they are plain JAX. Linears that read one input (q, k and v; gate
+    and up) become one where their grids agree. Checkpoints and Flax modules are made of the parameters before packing.
+    """
+    return {"top": pack_roles(params["top"]), "blocks": [pack_roles(p) for p in params["blocks"]]}
+
+
+def pack_roles(p: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a block, or those outside the blocks, packed as by `pack`."""
+    left, packed = dict(p), {}
+    for roles in (tuple(prefix + role for role in roles) for prefix in PREFIXES for roles in JOINED):
+        parts = [left.get(role) for role in roles]
+        if _agree(parts):
+            whole = _packed(_stacked(parts))
+            if whole is not None:
+                prefix = roles[0][: roles[0].rfind(".") + 1]
+                name = prefix + "+".join(role.removeprefix(prefix) for role in roles)
+                packed[name] = Joined(whole, tuple(part.codes.shape[-2] for part in parts))
+                left = {role: leaf for role, leaf in left.items() if role not in roles}
+    forms = {role: _packed(leaf) if isinstance(leaf, QuantizedLinear) else leaf for role, leaf in left.items()}
+    return {**{role: left[role] if form is None else form for role, form in forms.items()}, **packed}
+
+
+def _agree(parts: list[Any]) -> TypeGuard[list[QuantizedLinear]]:
+    """Whether these leaves are QuantizedLinears with the same bits and groups."""
+    first, *others = parts
+    return all(isinstance(part, QuantizedLinear) for part in parts) and all(
+        part.bits == first.bits
+        and part.codes.shape[-1] == first.codes.shape[-1]
+        and part.scale.dtype == first.scale.dtype
+        and np.array_equal(part.group_of, first.group_of)
+        for part in others
+    )
+
+
+def _stacked(parts: list[QuantizedLinear]) -> QuantizedLinear:
+    """The linears as one, their outputs behind each other; where one has a bias, those without have zeros."""
+    codes, scale, zero = (jnp.concatenate([getattr(part, leaf) for part in parts], -2) for leaf in ("codes", "scale", "zero"))
+    biases = [part.bias for part in parts]
+    dtype = next((bias.dtype for bias in biases if bias is not None), None)
+    shapes = [part.codes.shape[:-1] for part in parts]
+    bias = None
+    if dtype is not None:
+        each = [jnp.zeros(shape, dtype) if b is None else b.astype(dtype) for b, shape in zip(biases, shapes, strict=True)]
+        bias = jnp.concatenate(each, -1)
+    return QuantizedLinear(codes, scale, zero, parts[0].group_of, parts[0].bits, bias)
+
+
+def _packed(q: QuantizedLinear) -> Linear | None:
+    """The linear packed; None for experts that would not be alike."""
+    from gptq_fn_kernels import jax as packing
+
+    if q.codes.ndim == 2:
+        return packing.pack(q.codes, q.scale, q.zero, q.group_of, q.bits, q.bias)
+    each = [_packed(jax.tree.map(lambda a: a[n], q)) for n in range(len(q.codes))]  # noqa: B023 - called at once
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) if len({jax.tree.structure(one) for one in each}) == 1 else None
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch is imported when it is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"gptq_fn.kernels has no {name}.")
+    return getattr(import_module("gptq_fn_kernels"), name)

@@ -107,8 +107,25 @@ def test_generating_stops_when_every_text_has_ended(opt, monkeypatch):
     draws, draw = [], module._draw
     monkeypatch.setattr(module, "_draw", lambda *args, **options: draws.append(args) or draw(*args, **options))
     text = generate(spec, params, prompts[:1], 30, end=first, pad=1)
-    assert len(draws) == module._LOOK
+    assert len(draws) == 1
     np.testing.assert_array_equal(text[0, 9:], [first, *[1] * 29])
+    never = int(np.setdiff1d(np.arange(97), generate(spec, params, prompts[:1], 20)[0, 9:])[0])
+    draws.clear()
+    generate(spec, params, prompts[:1], 20, end=never)
+    assert len(draws) == 20
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "top_k": 20, "key": jax.random.key(0)}, {"end": list(range(2, 40)), "pad": 1}]
+)
+def test_steps_in_one_program_draw_what_single_programs_draw(opt, monkeypatch, options):
+    """What GPUs run, of more steps than are asked for: nothing shows of those behind the end."""
+    spec, params, prompts, keep = opt
+    apart = generate(spec, params, prompts, module._LOOK + 3, keep=keep, **options)
+    monkeypatch.setattr(module, "_start_takes_longer", lambda params: True)
+    monkeypatch.setattr(module, "_one_by_one", None)
+    together = generate(spec, params, prompts, module._LOOK + 3, keep=keep, **options)
+    np.testing.assert_array_equal(together, apart)
 
 
 def test_deeper_models_compile_nothing_more(opt, caplog):

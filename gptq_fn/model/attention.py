@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptq_fn.model.linear import linear
+from gptq_fn.model.linear import linear, linears
 from gptq_fn.model.mix import mix
 from gptq_fn.model.norm import norm
 from gptq_fn.model.position import alibi, rotate
@@ -71,7 +71,7 @@ def _project(spec: AttentionSpec, p: Mapping[str, Any], x: Array) -> tuple[Array
     """Queries [batch, time, heads, dim], keys and values [batch, time, kv_heads, dim]."""
     heads, kv_heads, dim, lead = spec.heads, spec.kv_heads, spec.head_dim, x.shape[:-1]
     if spec.qkv == "separate":
-        parts = linear(p["q"], x), linear(p["k"], x), linear(p["v"], x)
+        parts = linears(p, ("q", "k", "v"), x)
     else:
         whole = linear(p["qkv"], x)
         if spec.qkv == "concat":

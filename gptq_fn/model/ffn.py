@@ -1,12 +1,13 @@
 """The feed-forward half of a block: plain and gated MLPs."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptq_fn.model.linear import Linear, linear
+from gptq_fn.model.linear import linear, linears
 from gptq_fn.spec import Activation, MlpSpec
 
 _ACT: dict[Activation, Callable[[Array], Array]] = {
@@ -19,14 +20,14 @@ _ACT: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
-def expand(spec: MlpSpec, p: Mapping[str, Linear], x: Float[Array, "*rows width"]) -> Float[Array, "*rows hidden"]:
+def expand(spec: MlpSpec, p: Mapping[str, Any], x: Float[Array, "*rows width"]) -> Float[Array, "*rows hidden"]:
     """What enters the down projection."""
     act = _ACT[spec.act]
     match spec.form:
         case "plain":
             return act(linear(p["up"], x))
         case "gated":
-            gate, up = linear(p["gate"], x), linear(p["up"], x)
+            gate, up = linears(p, ("gate", "up"), x)
         case "fused_gated":
             gate, up = jnp.split(linear(p["gate_up"], x), 2, -1)
     if spec.limit is not None:

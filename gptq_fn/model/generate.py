@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from gptq_fn._quantized import QuantizedLinear
 from gptq_fn.model.attention import Cache, resized
 from gptq_fn.model.decoder import Params, embed, run_block, run_embed, unembed
 from gptq_fn.model.sampling import choose, require_sound
@@ -43,26 +44,29 @@ def generate(
     `end` tokens comes `pad`, by default the first of `end`; when every text has ended, generating stops.
 
     Each distinct block is one program for prompts and one for a step, so compiling costs the same at any depth, and one
-    block's weights at a time are dequantized. A program of the whole step would compile in proportion to the depth, and
-    XLA holds the dequantized weights of all blocks in it at once. Nothing but the looks waits for the device. Raises
-    ValueError where options contradict each other or what is known of the model.
+    block's weights at a time are dequantized. On GPUs, where starting programs takes as long as a block does, several whole
+    steps are one program; it compiles in proportion to the depth. A model of QuantizedLinears stays cut into blocks
+    there, too, since XLA would hold the dequantized weights of all of them at once: `gptq_fn.kernels.pack` it. Nothing
+    but the looks waits for the device. Raises ValueError where options contradict each other or what is known of the model.
     """
     require_sound(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
     prompts, lengths = _left_aligned(tokens, keep)
     _require_known(spec, params["top"], prompts, n)
-    ends = np.atleast_1d(np.asarray(end, np.int32))
-    draw = partial(_draw, replace(spec, blocks=()), params["top"], lengths=lengths, ends=ends, key=key if temperature else None)
-    draw = partial(draw, temperature=np.float32(temperature), top_p=None if top_p is None else np.float32(top_p), top_k=top_k)
+    if n == 0:
+        return tokens
+    ends = jnp.atleast_1d(jnp.asarray(end, jnp.int32))
+    how = _How(lengths, ends, key if temperature else None, jnp.float32(temperature), None if top_p is None else jnp.float32(top_p))
     x, caches = _read(spec, params, prompts, lengths, room=-(-(prompts.shape[1] + n) // _ROOM) * _ROOM)
     filler = pad if pad is not None else int(ends[0]) if len(ends) else 0
     text = _Text(jnp.full((len(tokens), n), filler, jnp.int32), jnp.zeros(len(tokens), bool), jnp.asarray(0, jnp.int32))
-    for i in range(1, n + 1):
-        x, text = draw(x, text)
-        if i == n or (len(ends) and i % _LOOK == 0 and bool(text.ended.all())):
+    x, text = _draw(replace(spec, blocks=()), params["top"], x, text, how, top_k)
+    state = _State(x, text, caches)
+    steps = _together if _start_takes_longer(params) else _one_by_one
+    for done in range(1, n, _LOOK):
+        if len(ends) and bool(state.text.ended.all()):
             break
-        for j, (block_spec, p) in enumerate(zip(spec.blocks, params["blocks"], strict=True)):
-            x, caches[j] = run_block(block_spec, p, x, caches[j])
-    return jnp.concatenate([tokens, text.tokens.astype(tokens.dtype)], axis=1)
+        state = steps(spec, params, state, how, top_k, min(_LOOK, n - done))
+    return jnp.concatenate([tokens, state.text.tokens.astype(tokens.dtype)], axis=1)
 
 
 class _Text(NamedTuple):
@@ -71,6 +75,24 @@ class _Text(NamedTuple):
     tokens: Int[Array, "batch n"]
     ended: Bool[Array, " batch"]
     written: Int[Array, ""]
+
+
+class _How(NamedTuple):
+    """What tokens are drawn by; see `generate`."""
+
+    lengths: Int[Array, " batch"]
+    ends: Int[Array, " ends"]
+    key: Array | None
+    temperature: Array
+    top_p: Array | None
+
+
+class _State(NamedTuple):
+    """Between two steps: what enters the first block, the text, and the caches of the blocks."""
+
+    x: Float[Array, "batch 1 width"]
+    text: _Text
+    caches: list[Cache]
 
 
 def _read(
@@ -87,27 +109,52 @@ def _read(
 _resized = jax.jit(resized, static_argnames="length")
 
 
+def _start_takes_longer(params: Params) -> bool:
+    """Whether starting a program takes longer than a block's step, and XLA would not make copies of weights to join blocks."""
+    leaves = jax.tree.leaves(params["blocks"], is_leaf=lambda leaf: isinstance(leaf, QuantizedLinear))
+    arrays = [leaf for leaf in leaves if isinstance(leaf, Array)]
+    return len(arrays) == len(leaves) and all(device.platform != "cpu" for a in arrays for device in a.devices())
+
+
+def _one_by_one(spec: ModelSpec, params: Params, state: _State, how: _How, top_k: int | None, count: int) -> _State:
+    """`count` steps, each a program a block and one to draw."""
+    for _ in range(count):
+        state = _step(spec, params, state, how, top_k)
+    return state
+
+
+@partial(jax.jit, static_argnames=("spec", "top_k", "count"), donate_argnames="state")
+def _whole_steps(spec: ModelSpec, params: Params, state: _State, how: _How, top_k: int | None, count: int) -> _State:
+    return jax.lax.fori_loop(0, count, lambda _, state: _step(spec, params, state, how, top_k), state)
+
+
+def _together(spec: ModelSpec, params: Params, state: _State, how: _How, top_k: int | None, count: int) -> _State:
+    """The same in one program, of `_LOOK` steps whatever the count: nothing is drawn behind the end of a text's buffer."""
+    return _whole_steps(spec, params, state, how, top_k, _LOOK)
+
+
+def _step(spec: ModelSpec, params: Params, state: _State, how: _How, top_k: int | None) -> _State:
+    """The state after one more token."""
+    x, caches = state.x, []
+    for block_spec, p, cache in zip(spec.blocks, params["blocks"], state.caches, strict=True):
+        x, after = run_block(block_spec, p, x, cache)
+        caches.append(after)
+    x, text = _draw(replace(spec, blocks=()), params["top"], x, state.text, how, top_k)
+    return _State(x, text, caches)
+
+
 @partial(jax.jit, static_argnames=("spec", "top_k"), donate_argnames="text")
 def _draw(
-    spec: ModelSpec,
-    top: Mapping[str, Any],
-    x: Float[Array, "batch 1 width"],
-    text: _Text,
-    *,
-    lengths: Int[Array, " batch"],
-    ends: Int[Array, " ends"],
-    key: Array | None,
-    temperature: Array,
-    top_k: int | None,
-    top_p: Array | None,
+    spec: ModelSpec, top: Mapping[str, Any], x: Float[Array, "batch 1 width"], text: _Text, how: _How, top_k: int | None
 ) -> tuple[Float[Array, "batch 1 width"], _Text]:
     """What enters the first block next, and the text with one more token a row. What is not drawn stays as it was filled."""
-    key = None if key is None else jax.random.fold_in(key, text.written)
-    chosen = choose(unembed(spec, top, x)[:, 0], key, temperature=temperature, top_k=top_k, top_p=top_p).astype(jnp.int32)
+    key = None if how.key is None else jax.random.fold_in(how.key, text.written)
+    logits = unembed(spec, top, x)[:, 0]
+    chosen = choose(logits, key, temperature=how.temperature, top_k=top_k, top_p=how.top_p).astype(jnp.int32)
     chosen = jnp.where(text.ended, text.tokens[:, text.written], chosen)
-    ended = text.ended | (chosen[:, None] == ends[None]).any(-1)
+    ended = text.ended | (chosen[:, None] == how.ends[None]).any(-1)
     after = _Text(text.tokens.at[:, text.written].set(chosen), ended, text.written + 1)
-    return embed(spec, top, chosen[:, None], (lengths + text.written)[:, None]), after
+    return embed(spec, top, chosen[:, None], (how.lengths + text.written)[:, None]), after
 
 
 def _left_aligned(tokens: Array, keep: Array | None) -> tuple[Int[Array, "batch longest"], Int[Array, " batch"]]:
