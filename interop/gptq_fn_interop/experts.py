@@ -11,6 +11,9 @@ from gptq_fn_interop.adapters import keep_names
 ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 """What the linears of one expert are called on disk."""
 
+_FEW = 16
+"""So many experts at most all compute when they are compiled: Mixtral has 8. To trace the 128 of others in each block would take hours."""
+
 
 def is_fused(module: Any) -> bool:
     """Whether this is a module of transformers that holds all experts of a block in fused parameters."""
@@ -53,7 +56,12 @@ class Experts(nn.Module):
         keep_names(Experts)
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """[tokens, width] -> [tokens, width]: each token's experts, by index and weight [tokens, top_k], summed."""
+        """[tokens, width] -> [tokens, width]: each token's experts, by index and weight [tokens, top_k], summed.
+
+        Which experts are asked depends on values, for which a GPU has to be waited. So compiled, few experts compute all tokens.
+        """
+        if torch.compiler.is_dynamo_compiling() and len(self._modules) <= _FEW:
+            return self._all(hidden_states, top_k_index, top_k_weights)
         out = torch.zeros_like(hidden_states)
         for n in top_k_index.unique().tolist():
             if n < len(self._modules):  # a larger one stands for no expert
@@ -65,6 +73,14 @@ class Experts(nn.Module):
     def parts(self, n: int) -> dict[str, Any]:
         """The linears of expert `n` by what they are: gate, up and down."""
         return {ROLES[name]: linear for name, linear in self.get_submodule(str(n)).named_children()}
+
+    def _all(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for n in range(len(self._modules)):
+            asked = top_k_index == n
+            y = self._one(n, x) * (top_k_weights * asked).sum(-1, keepdim=True)
+            out += torch.where(asked.any(-1, keepdim=True), y, 0).to(out.dtype)  # what nobody asked for may be infinite
+        return out
 
     def _one(self, n: int, x: torch.Tensor) -> torch.Tensor:
         parts, fused = self.parts(n), self.fused

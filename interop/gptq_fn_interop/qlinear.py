@@ -8,7 +8,7 @@ import torch
 from gptq_fn_kernels import Packed, Prepared, dequantize, multiply, prepare
 from torch import nn
 
-from gptq_fn_interop.gptq_format import zeros_of
+from gptq_fn_interop.gptq_format import TENSORS, zeros_of
 from gptq_fn_interop.tensors import to_numpy
 from gptq_fn_interop.weight import DequantizedWeight, refuse
 
@@ -20,9 +20,16 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 class _Derived:
     """What follows from a layer's tensors. It is made anew when they are others than those it was made of."""
 
-    tensors: tuple[torch.Tensor, ...]
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
     packed: Packed
     prepared: dict[torch.dtype, Prepared] = field(default_factory=dict)
+
+
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
+"""What autocast casts; it leaves float64 alone."""
 
 
 class QuantLinear(nn.Linear):
@@ -61,7 +68,7 @@ class QuantLinear(nn.Linear):
     @property
     def packed(self) -> Packed:
         """The weight as kernels take it. Reads the zero points when it is made."""
-        return self._derive().packed
+        return self._derive(None).packed
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -73,12 +80,13 @@ class QuantLinear(nn.Linear):
         return weight if torch.compiler.is_compiling() else weight.as_subclass(DequantizedWeight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out] in the input's dtype."""
-        derived = self._derive()
-        if input.dtype not in derived.prepared:
-            derived.prepared[input.dtype] = prepare(derived.packed, input.dtype, self.backend)
-        y = multiply(input, derived.prepared[input.dtype])
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        """[..., in] -> [..., out] in the input's dtype, or under autocast in autocast's, as `nn.Linear` has it."""
+        dtype = input.dtype
+        if torch.is_autocast_enabled(kind := input.device.type) and dtype in _CAST:
+            dtype = torch.get_autocast_dtype(kind)
+            input = input.to(dtype)
+        y, bias = multiply(input, self._derive(dtype).prepared[dtype]), self.bias
+        return y if bias is None else y + (bias if bias.dtype is dtype else bias.to(dtype))
 
     def extra_repr(self) -> str:
         """Shape and precision, for print(model)."""
@@ -88,12 +96,38 @@ class QuantLinear(nn.Linear):
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.qweight, self.qzeros, self.scales, self.g_idx
 
-    def _derive(self) -> _Derived:
-        # Loaders and offloading hooks put new tensors into the layer without telling it.
-        tensors = self._tensors()
-        if self._derived is None or any(new is not old for new, old in zip(tensors, self._derived.tensors, strict=True)):
-            self._derived = _Derived(tensors, self._pack())
-        return self._derived
+    def _derive(self, dtype: torch.dtype | None) -> _Derived:
+        """What follows from the tensors, with the weight prepared for activations of `dtype`, if that is given."""
+        if torch.compiler.is_dynamo_compiling():
+            self._derive_untraced(dtype)
+            if (derived := self._derived) is None or self._buffers["qweight"] is not derived.qweight:  # becomes a guard
+                raise RuntimeError(f"The tensors of {self} changed while it was compiled.")
+            return derived
+        # Loaders and offloading hooks put new tensors into the layer without telling it. This is asked at each call, and
+        # looking into the dictionaries takes a tenth of the time of a module's attributes.
+        derived, buffers = self._derived, self._buffers
+        if (
+            derived is None
+            or buffers.get("qweight") is not derived.qweight
+            or buffers.get("qzeros") is not derived.qzeros
+            or buffers.get("g_idx") is not derived.g_idx
+            or self._parameters.get("scales") is not derived.scales
+        ):
+            with torch.inference_mode(False), torch.no_grad():  # what is kept must serve any mode
+                derived = self._derived = _Derived(*self._tensors(), self._pack())
+        if dtype is not None and dtype not in derived.prepared:
+            derived.prepared[dtype] = prepare(derived.packed, dtype, self.backend)
+        return derived
+
+    @torch.compiler.assume_constant_result
+    def _derive_untraced(self, dtype: torch.dtype | None) -> None:
+        """Derive while Dynamo traces: it calls this instead of tracing it, for what is derived depends on values.
+
+        What that leaves in the layer is then read and guarded like any attribute. So a layer can be compiled before its
+        first forward; equal layers share a graph; and new tensors are seen, though by their qweight alone where somebody
+        wrote to the layer's dictionaries. To compare all four would double what guards cost at each call.
+        """
+        _ = self._derive(dtype).packed.zeros
 
     def _pack(self) -> Packed:
         qweight, qzeros, scales, g_idx = self._tensors()
@@ -105,8 +139,13 @@ class QuantLinear(nn.Linear):
         return Packed(qweight, qzeros, scales.detach(), g_idx, self.bits, 1 if stored == "v1" else 0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
-        self._derived = None  # a parameter that is cast or moved stays the same object
-        return super()._apply(fn, recurse)
+        def watched(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            if result is not tensor:  # else a captured CUDA graph may go on reading what was derived
+                self._derived = None  # a parameter that is cast or moved stays the same object
+            return result
+
+        return super()._apply(watched, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._derived = None  # values are copied into the same tensors
@@ -115,6 +154,8 @@ class QuantLinear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # nn.Module would answer that the attribute exists already, or has no setter
             refuse()
+        if name in TENSORS and name != "bias":
+            self.__dict__["_derived"] = None
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -24,15 +24,50 @@ def matmul(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     return torch.nn.functional.linear(x, dequantize(packed, x.dtype))
 
 
+def gradient(grad: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """grad [..., n] of a product -> grad @ weight [..., k] of its activations, with the weight unpacked anew.
+
+    Compiled it is an operator, for compilers would take the weight for the one that the forward pass has unpacked, and keep it until here.
+    """
+    call = _operator if torch.compiler.is_compiling() else _gradient
+    return call(grad, packed.qweight, packed.zeros, packed.scales, packed.g_idx, packed.bits)
+
+
 def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight [n, k], rounded once from float32 (or float64, where `dtype` is that)."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    scales, zeros, groups = packed.scales.to(exact), packed.zeros.to(exact), packed.g_idx.long()
-    weight = torch.empty(packed.k, packed.n, dtype=dtype, device=scales.device)
-    rows = max(_BLOCK // packed.n // 32, 1) * 32 if scales.device.type == "cpu" else packed.k
-    for start in range(0, packed.k, max(rows, 1)):
-        group = groups[start : start + rows]
-        words = packed.qweight[start * packed.bits // 32 : -(-(start + len(group)) * packed.bits // 32)]
-        codes = unpack(words, packed.bits, len(group), torch.stack)
-        weight[start : start + rows] = (codes - zeros[group]) * scales[group]
+    return _unpacked(packed.qweight, packed.zeros, packed.scales, packed.g_idx, packed.bits, dtype)
+
+
+def _unpacked(
+    qweight: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int, dtype: torch.dtype
+) -> torch.Tensor:
+    scales, groups = scales.to(torch.float64 if dtype == torch.float64 else torch.float32), g_idx.long()
+    k, n = len(groups), scales.shape[1]
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        group, words = groups[start:stop], qweight[start * bits // 32 : -(-stop * bits // 32)]
+        return (unpack(words, bits, stop - start, torch.stack) - zeros[group]) * scales[group]
+
+    step = max(_BLOCK // n // 32, 1) * 32
+    if step >= k or scales.device.type != "cpu" or torch.compiler.is_compiling():  # compilers find blocks of their own
+        return rows(0, k).to(dtype).T
+    weight = torch.empty(k, n, dtype=dtype)
+    for start in range(0, k, step):
+        stop = min(start + step, k)
+        weight[start:stop] = rows(start, stop)
     return weight.T
+
+
+def _gradient(
+    grad: torch.Tensor, qweight: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int
+) -> torch.Tensor:
+    return grad @ _unpacked(qweight, zeros, scales, g_idx, bits, grad.dtype)
+
+
+_LIBRARY = torch.library.Library("gptq_fn", "FRAGMENT")
+_LIBRARY.define("gradient(Tensor grad, Tensor qweight, Tensor zeros, Tensor scales, Tensor g_idx, int bits) -> Tensor")
+_LIBRARY.impl("gradient", _gradient, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "gptq_fn::gradient", lambda grad, qweight, zeros, scales, g_idx, bits: grad.new_empty((*grad.shape[:-1], len(g_idx))), lib=_LIBRARY
+)
+_operator = torch.ops.gptq_fn.gradient.default

@@ -62,21 +62,34 @@ class Prepared:
     backend: Backend
     packed: Packed
     form: Any
+    k: int
+    """The number of inputs; asked at each call, so it is at hand."""
 
 
 def prepare(packed: Packed, dtype: torch.dtype, backend: str | None = None, backends: tuple[Backend, ...] = BACKENDS) -> Prepared:
-    """The weight, prepared once for many multiplications with activations of `dtype`. Raises as `choose` does."""
-    chosen = choose(problem_of(packed, dtype), backend, backends)
-    return Prepared(chosen, packed, chosen.prepare(packed))
+    """The weight, prepared once for many multiplications with activations of `dtype`. Raises as `choose` does.
+
+    It may be read on any stream. It is no inference tensor even where it is prepared in inference mode, so that a layer
+    which has been tried there can be trained with, or compiled, afterwards.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        chosen = choose(problem_of(packed, dtype), backend, backends)
+        prepared = Prepared(chosen, packed, chosen.prepare(packed), packed.k)
+    if packed.qweight.device.type != "cpu":
+        torch.accelerator.current_stream(packed.qweight.device).synchronize()
+    return prepared
 
 
 def multiply(x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
-    """x [..., k] -> x @ weight.T [..., n], differentiable in x whatever the backend."""
-    if x.shape[-1] != prepared.packed.k:
-        raise ValueError(
-            f"The activations have {x.shape[-1]} features, in shape {tuple(x.shape)}, but the weight has {prepared.packed.k} inputs."
-        )
-    return _Multiply.apply(x, prepared)  # type: ignore[no-any-return]
+    """x [..., k] -> x @ weight.T [..., n], differentiable in x whatever the backend. Raises ValueError for another width.
+
+    It reads no values, so nothing here waits for a GPU; where no gradient is asked for, the backend is called directly.
+    """
+    if x.shape[-1] != prepared.k:
+        raise ValueError(f"The activations have {x.shape[-1]} features, in shape {tuple(x.shape)}, but the weight has {prepared.k} inputs.")
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Multiply.apply(x, prepared)  # type: ignore[no-any-return]
+    return prepared.backend.matmul(x, prepared.form)
 
 
 def matmul(x: torch.Tensor, packed: Packed, backend: str | None = None, backends: tuple[Backend, ...] = BACKENDS) -> torch.Tensor:
@@ -88,16 +101,16 @@ def matmul(x: torch.Tensor, packed: Packed, backend: str | None = None, backends
 
 
 class _Multiply(torch.autograd.Function):
-    """Any backend's matmul with the reference's gradient, which unpacks the weight anew and so keeps none alive."""
+    """Any backend's matmul with the reference's gradient, which unpacks the weight anew and so keeps none alive.
+
+    A `setup_context` would serve functorch too, but cost five times as much at each call: torch then inspects signatures.
+    """
 
     @staticmethod
-    def forward(x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        ctx.packed = prepared.packed
         return prepared.backend.matmul(x, prepared.form)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, Prepared], output: torch.Tensor) -> None:
-        ctx.packed = inputs[1].packed
-
-    @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad @ reference.dequantize(ctx.packed, grad.dtype), None
+        return reference.gradient(grad, ctx.packed), None
