@@ -118,7 +118,7 @@ def test_reasons() -> None:
     assert backend.unsupported(problem) == "runs on a GPU, not on cpu"
     assert backend.unsupported(replace(problem, device="cuda")) is None
     assert "not torch.float64" in str(backend.unsupported(replace(problem, device="cuda", dtype=torch.float64)))
-    assert "32 bits" in str(backend.unsupported(replace(problem, device="cuda", n=2**20, k=2**20)))
+    assert "32 bits" in str(backend.unsupported(replace(problem, device="cuda", n=2**18, k=2**18)))
     assert "triton" in explain(problem)
 
 

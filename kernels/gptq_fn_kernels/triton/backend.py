@@ -27,9 +27,14 @@ def unsupported(problem: Problem) -> str | None:
         return f"runs on a GPU, not on {problem.device}"
     if problem.dtype not in _DTYPES:
         return f"multiplies activations of torch.float16, torch.bfloat16 and torch.float32, not {problem.dtype}"
-    if problem.n * problem.k >= 2**34:
-        return f"counts words in 32 bits, which {problem.n} outputs of {problem.k} inputs exceed"
-    return None
+    if problem.n * problem.k * problem.bits >= 2**36:
+        return f"counts words in 32 bits, which {problem.n} outputs of {problem.k} inputs of {problem.bits} bits exceed"
+    return _too_old(problem.dtype) if torch.cuda.is_available() and torch.version.hip is None else None
+
+
+def _too_old(dtype: torch.dtype) -> str | None:
+    found, needed = torch.cuda.get_device_capability(), (8, 0) if dtype == torch.bfloat16 else (7, 5)
+    return None if found >= needed else f"needs a GPU of compute capability {needed} for {dtype}, found {found}"
 
 
 def matmul(x: torch.Tensor, weight: TritonWeight) -> torch.Tensor:
@@ -88,7 +93,7 @@ def _launch(
     k: int,
     constants: dict[str, int],
 ) -> None:
-    blocks = {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "num_warps": plan.warps}
+    blocks: dict[str, Any] = {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "num_warps": plan.warps}
     blocks["PRECISION"] = "tf32x3" if x.dtype == torch.float32 and _gpu(x.device).tensor_float else "ieee"
     sizes = (m, n, k, words.shape[0], x.stride(0))
     if plan.kernel == "few_rows":
@@ -117,7 +122,8 @@ def _fake(x: torch.Tensor, words: torch.Tensor, *_: Any) -> torch.Tensor:
 
 _LIBRARY = torch.library.Library("gptq_fn", "FRAGMENT")
 _LIBRARY.define(
-    "triton_multiply(Tensor x, Tensor words, Tensor? high, Tensor? zeros, Tensor scales, Tensor? gather, int bits, int group, int k) -> Tensor"
+    "triton_multiply(Tensor x, Tensor words, Tensor? high, Tensor? zeros, Tensor scales, Tensor? gather, "
+    "int bits, int group, int k) -> Tensor"
 )
 _LIBRARY.impl("triton_multiply", _multiply, "CompositeExplicitAutograd")
 torch.library.register_fake("gptq_fn::triton_multiply", _fake, lib=_LIBRARY)

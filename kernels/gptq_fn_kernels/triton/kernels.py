@@ -4,6 +4,8 @@
 weights in the registers of the matrix instruction's left operand, and accumulate in float32:
 y[m, o] = sum over i of x[m, i] * weight[o, i], weight rounded to x's dtype. A chunk has CHUNK / GROUP groups, 4 or more.
 """
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# (Triton compiles these functions; what their names are bound to there, pyright cannot know.)
 
 import triton
 import triton.language as tl
@@ -87,10 +89,7 @@ def few_rows(
         zero, scale = grid_of(zeros, scales, group, out[None, :, None], live, n, SPLIT * BN, GROUPS, BITS)
         weights = weights_of(w, h, zero, scale, magic, SPLIT * BN, GROUPS, BITS, FIELDS, x.dtype.element_ty)
         slot = chunk[:, None] * CHUNK + inner[None, :]
-        if gather is None:
-            place = slot
-        else:
-            place = tl.load(gather + slot, mask=(chunk < chunks)[:, None], other=k)
+        place = slot if gather is None else tl.load(gather + slot, mask=(chunk < chunks)[:, None], other=k)
         inside = (place < k)[:, :, None] & (row < m)[None, None, :]
         xs = tl.load(x + place[:, :, None] + row[None, None, :] * stride, mask=inside, other=0.0)
         sums = tl.dot(tl.reshape(weights, (SPLIT, BN, CHUNK)), xs, sums, input_precision=PRECISION)
@@ -104,7 +103,7 @@ def many_rows(
     BITS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """y [SPLIT, m, n]: the sums over each of SPLIT ranges of chunks. Programs of the same outputs follow each other and share words in L2."""
+    """y [SPLIT, m, n]: the sums over each of SPLIT ranges of chunks. Programs that follow each other share words in L2."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     CHUNK: tl.constexpr = 32 * FIELDS

@@ -32,9 +32,9 @@ def chunk_of(bits: int) -> int:
 
 
 def pack_words(codes: Any, bits: int) -> tuple[Any, Any]:
-    """Integer codes [n, k], k a whole number of chunks -> (words int32 [k / chunk, n, 16], the highest bits int32 [k / chunk, n, 16] or None).
+    """Codes [n, k], k a whole number of chunks -> words [k / chunk, n, 16] and, for 3 bits, the highest bits [k / chunk, n, 16].
 
-    Only the lower 16 bits of the highest bits are used: whoever keeps them takes int16.
+    Both have the integers of the codes; of the highest bits only the lower 16 are used: whoever keeps them takes int16.
     """
     n, k = codes.shape
     fields = fields_of(bits)

@@ -47,9 +47,14 @@ _TABLE: tuple[tuple[int, int, Plan], ...] = (
     (32, 0, Plan("many_rows", rows=32, outputs=64, split=8, warps=4, stages=4)),
     (64, 16384, Plan("many_rows", rows=64, outputs=128, split=8, warps=8, stages=3)),
     (64, 0, Plan("many_rows", rows=64, outputs=64, split=8, warps=4, stages=4)),
-    (192, 12288, Plan("many_rows", rows=64, outputs=128, split=8, warps=8, stages=3)),
-    (256, 16384, Plan("many_rows", rows=256, outputs=128, split=8, warps=8, stages=3)),
-    (384, 12288, Plan("many_rows", rows=64, outputs=128, split=8, warps=8, stages=3)),
+    (128, 12288, Plan("many_rows", rows=128, outputs=128, split=8, warps=8, stages=3)),
+    (128, 2048, Plan("many_rows", rows=128, outputs=64, split=8, warps=4, stages=3)),
+    (128, 0, Plan("many_rows", rows=32, outputs=64, split=8, warps=4, stages=4)),
+    (192, 12288, Plan("many_rows", rows=64, outputs=128, split=8, warps=4, stages=3)),
+    (192, 0, Plan("many_rows", rows=64, outputs=64, split=8, warps=4, stages=3)),
+    (256, 12288, Plan("many_rows", rows=256, outputs=128, split=8, warps=8, stages=3)),
+    (256, 2048, Plan("many_rows", rows=128, outputs=64, split=8, warps=4, stages=3)),
+    (384, 6144, Plan("many_rows", rows=64, outputs=128, split=8, warps=4, stages=3)),
     (384, 0, Plan("many_rows", rows=64, outputs=64, split=8, warps=4, stages=3)),
 )
 """(at most so many rows, at least so many outputs, plan); the first that fits. many_rows splits into at most so many parts."""
@@ -62,14 +67,17 @@ _AHEAD = 512
 
 
 def plan_of(m: int, n: int, k: int, *, bits: int, itemsize: int, gpu: Gpu) -> Plan | None:
-    """How to multiply m rows of k inputs and n outputs, `itemsize` bytes each; None where dequantizing once and a dense product are faster."""
+    """How to multiply m rows of k inputs of `itemsize` bytes with n outputs, or None: dequantize once and multiply densely."""
     if itemsize == 4 and m > 16:  # float32 takes three products of the matrix units
         return None
-    for rows, outputs, plan in _TABLE:
-        stages = min(plan.stages, _AHEAD // chunk_of(bits), gpu.shared // _stage(plan, bits, itemsize))
-        if m <= rows and n >= outputs and stages > 0:
-            return replace(plan, stages=stages, split=plan.split if plan.kernel == "few_rows" else _split(plan, m, n, k, bits, gpu))
-    return None
+    fitting = [(plan, gpu.shared // _stage(plan, bits, itemsize)) for rows, outputs, plan in _TABLE if m <= rows and n >= outputs]
+    # A single stage waits for each chunk: the last resort of GPUs with little shared memory.
+    found = next(((plan, room) for least in (2, 1) for plan, room in fitting if room >= least), None)
+    if found is None:
+        return None
+    plan, room = found
+    split = plan.split if plan.kernel == "few_rows" else _split(plan, m, n, k, bits, gpu)
+    return replace(plan, split=split, stages=min(plan.stages, _AHEAD // chunk_of(bits), room))
 
 
 def _split(plan: Plan, m: int, n: int, k: int, bits: int, gpu: Gpu) -> int:
