@@ -2,14 +2,12 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import gptq_fn_kernels
 import numpy as np
 import pytest
 import torch
-from gptq_fn_kernels import BACKENDS, Backend, Packed, choose, dequantize, explain, matmul, multiply, prepare, problem_of
-from gptq_fn_kernels.cpu import int4pack
+from gptq_fn_kernels import BACKENDS, Backend, Packed, choose, dequantize, matmul, problem_of
 from gptq_fn_kernels.words import pack, unpack, words_of
 from gptq_writer import SCALE_DTYPES, Linear, Scheme, random_linear, stream
 from hypothesis import given, settings
@@ -172,57 +170,6 @@ def test_activations_of_another_width_are_refused() -> None:
         matmul(torch.ones(2, 63), packed)
 
 
-@few
-@given(
-    st.sampled_from((8, 40, 64, 96, 256, 576)),
-    st.sampled_from((32, 64, 96, 128, 512, -1)),
-    st.sampled_from(("v1", "v2")),
-    st.sampled_from(SCALE_DTYPES),
-    st.sampled_from((1, 7, 520)),
-    seeds,
-)
-def test_int4pack_is_as_accurate_as_a_dense_bfloat16_layer(
-    inputs: int, group_size: int, zeros: str, scales: torch.dtype, rows: int, seed: int
-) -> None:
-    scheme = Scheme(4, group_size, zeros=zeros, scales=scales)
-    linear = random_linear(np.random.default_rng(seed), inputs, 48, scheme)
-    packed, weight = packed_of(linear, scheme), torch.from_numpy(linear.weight)
-    prepared = prepare(packed, torch.bfloat16)
-    assert prepared.backend.name == "cpu_int4pack"
-    x = (1 + torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))).bfloat16()
-    exact = x.double() @ weight.T
-    dense = relative(x @ weight.bfloat16().T, exact)
-    assert relative(multiply(x, prepared), exact) < 1.5 * dense + 1e-3
-
-
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "scheme", "dtype", "reason"),
-    [
-        (64, 32, Scheme(), torch.float32, "torch.bfloat16 only"),
-        (64, 32, Scheme(), torch.float16, "torch.bfloat16 only"),
-        (64, 32, Scheme(3), torch.bfloat16, "packs 4 bits, not 3"),
-        (64, 32, Scheme(sym=False), torch.bfloat16, "symmetric"),
-        (64, 32, Scheme(desc_act=True), torch.bfloat16, "g_idx is irregular"),
-        (64, 32, Scheme(group_size=16), torch.bfloat16, "group size divisible by 32, or a single group, got 16"),
-        (64, 24, Scheme(), torch.bfloat16, "out_features divisible by 16, got 24"),
-    ],
-)
-def test_int4pack_says_what_it_does_not_do(inputs: int, outputs: int, scheme: Scheme, dtype: torch.dtype, reason: str) -> None:
-    packed = packed_of(random_linear(np.random.default_rng(0), inputs, outputs, scheme), scheme)
-    problem = problem_of(packed, dtype)
-    assert choose(problem).name == "reference"
-    assert reason in str(explain(problem)["cpu_int4pack"])
-    with pytest.raises(ValueError, match="Backend 'cpu_int4pack' does not serve"):
-        matmul(torch.ones(1, inputs, dtype=dtype), packed, backend="cpu_int4pack")
-
-
-def test_int4pack_runs_on_cpus_only() -> None:
-    packed = packed_of(random_linear(np.random.default_rng(0), 64, 32, Scheme()), Scheme())
-    problem = problem_of(packed, torch.bfloat16)
-    assert int4pack.unsupported(problem) is None
-    assert "not on cuda" in str(int4pack.unsupported(replace(problem, device="cuda")))
-
-
 # gradients
 
 
@@ -242,7 +189,7 @@ def test_every_backend_has_the_gradient_of_the_reference() -> None:
     linear = random_linear(np.random.default_rng(0), 64, 32, Scheme())
     packed = packed_of(linear, Scheme())
     grads = []
-    for backend in ("cpu_int4pack", "reference"):
+    for backend in ("cpu_vectors", "reference"):
         x = torch.ones(5, 64, dtype=torch.bfloat16, requires_grad=True)
         matmul(x, packed, backend=backend).float().square().sum().backward()
         assert x.grad is not None

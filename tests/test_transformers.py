@@ -114,7 +114,7 @@ def test_a_bfloat16_model(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
     found = logits(model)
     layer = model.get_submodule(case.quantized[0])
-    assert [p.backend.name for p in layer._derived.prepared.values()] == ["cpu_int4pack"]
+    assert [p.backend.name for p in layer._derived.prepared.values()] == ["cpu_vectors"]
     exact = logits(case.dense)
     assert relative(found, exact) < 2 * relative(logits(case.dense.bfloat16()), exact)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gptq_fn_kernels import reference
-from gptq_fn_kernels.cpu import int4pack
+from gptq_fn_kernels.cpu import vectors
 from gptq_fn_kernels.problem import Packed, Problem, problem_of
 
 
@@ -25,7 +25,7 @@ class Backend:
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpu_int4pack", int4pack.unsupported, int4pack.prepare, int4pack.matmul),
+    Backend("cpu_vectors", vectors.unsupported, vectors.prepare, vectors.matmul),
     Backend("reference", reference.unsupported, reference.prepare, reference.matmul),
 )
 """Every backend, the preferred one first; the reference serves what no other does."""

@@ -1,0 +1,178 @@
+"""Matmuls on CPUs with vector code that numba compiles: any bits, group size, g_idx and shape.
+
+Few rows are multiplied with the words as they lie: each is unpacked in registers, for up to eight rows at once. For more rows,
+panels of outputs that fit a cache are dequantized one after the other, and torch multiplies each. Few rows are computed in
+float32 and rounded once; panels in bfloat16 where the activations are, since machines have matrix units for it.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gptq_fn_kernels.problem import Packed, Problem
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_BLOCK = 64
+"""Outputs whose words lie together: `loops.BLOCK`, which can be imported only where numba is installed."""
+
+_FEW = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 16}
+"""The most rows for which panels are slower. Measured with 1,536 x 576 and 4,096 x 4,096; around the bound both take the same time."""
+
+_PANEL = 2**19
+"""Weights in a panel: about what a core's second cache holds. Larger ones are written to memory, smaller ones starve the matmul."""
+
+_RUN = 32
+"""Rows of words that are summed before their sum is added to the total: so rounding errors hardly grow with the inputs."""
+
+_THREAD = 1000
+"""Rows of a block's words that are worth another thread: they take about 0.1 ms, and waking a thread a third of that."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """A weight's codes in words that belong to 64 neighbouring outputs, with the inputs sorted by group."""
+
+    words: torch.Tensor
+    """int32 [blocks, rows, 64]: code i of a word at its bit i * bits. No word has codes of two groups."""
+    scales: torch.Tensor
+    """float32 [blocks, groups, 64]."""
+    zeros: torch.Tensor
+    """uint8 [blocks, groups, 64]."""
+    runs: torch.Tensor
+    """int32 [runs, 3]: first and last + 1 of at most 32 rows of words, and their group."""
+    inputs: torch.Tensor
+    """int32 [rows, codes in a word]: the input of each code, or k where the group has no more."""
+    n: int
+    bits: int
+
+
+def unsupported(problem: Problem) -> str | None:
+    """None, or why these loops cannot multiply this."""
+    if problem.device != "cpu":
+        return f"runs on a CPU, not on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"multiplies torch.float32, torch.bfloat16 and torch.float16, not {problem.dtype}"
+    if importlib.util.find_spec("numba") is None:
+        return "is compiled by numba, which is not installed: pip install numba"
+    return None
+
+
+def prepare(packed: Packed) -> Vectors:
+    """The weight in words along its outputs."""
+    from gptq_fn_kernels.cpu import loops
+
+    per, blocks = 32 // packed.bits, -(-packed.n // _BLOCK)
+    order = torch.argsort(packed.g_idx, stable=True)
+    sizes = torch.bincount(packed.g_idx, minlength=len(packed.scales))
+    ends = (-(-sizes // per)).cumsum(0)  # a group starts in a new row of words; what is left of its last belongs to input k, which is none
+    starts = ends - -(-sizes // per)
+    group = packed.g_idx[order].long()
+    place = per * starts[group] + torch.arange(packed.k) - (sizes.cumsum(0) - sizes)[group]
+    inputs = torch.full((int(ends[-1]), per), packed.k, dtype=torch.int32)
+    inputs.view(-1)[place] = order.int()
+    words = torch.zeros(blocks, len(inputs), _BLOCK, dtype=torch.int32)
+    loops.repack(_unsigned(packed.qweight.contiguous()), inputs.numpy(), packed.k, packed.bits, _unsigned(words))
+    spans = enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
+    runs = [(r, min(r + _RUN, end), g) for g, (start, end) in spans for r in range(start, end, _RUN)]
+    scales, zeros = _blocks(packed.scales.float(), blocks), _blocks(packed.zeros.to(torch.uint8), blocks)
+    return Vectors(words, scales, zeros, torch.tensor(runs, dtype=torch.int32).reshape(-1, 3), inputs, packed.n, packed.bits)
+
+
+def matmul(x: torch.Tensor, form: Vectors) -> torch.Tensor:
+    """x [..., k] -> [..., n]."""
+    return torch.ops.gptq_fn.cpu_vectors(x, form.words, form.scales, form.zeros, form.runs, form.inputs, form.n, form.bits)
+
+
+# Not `torch.library.custom_op`: its wrappers take 30 us a call, which is half of what a small layer takes, and these 10.
+torch.library.define(
+    "gptq_fn::cpu_vectors", "(Tensor x, Tensor words, Tensor scales, Tensor zeros, Tensor runs, Tensor inputs, int n, int bits) -> Tensor"
+)
+
+
+@torch.library.impl("gptq_fn::cpu_vectors", "cpu")
+def _multiply(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    runs: torch.Tensor,
+    inputs: torch.Tensor,
+    n: int,
+    bits: int,
+) -> torch.Tensor:
+    from gptq_fn_kernels.cpu import loops
+
+    rows = x.detach().reshape(-1, x.shape[-1])
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and len(rows) > _FEW[x.dtype] else torch.float32
+    given, y = rows.to(dtype).contiguous(), torch.empty(len(rows), n, dtype=dtype)
+    weight = _unsigned(words), scales.numpy(), zeros.numpy(), runs.numpy(), (0,) * bits
+    if len(rows) <= _FEW[x.dtype]:
+        tile = 1 if len(rows) == 1 else 4 if len(rows) <= 4 else 8
+        multiply = partial(loops.multiply, given.numpy(), inputs.numpy(), *weight, (0,) * tile, y.numpy())
+        _in_threads(multiply, 0, len(words), words.shape[1] * -(-len(rows) // tile))
+    else:
+        step = max(_PANEL // x.shape[-1] // _BLOCK, 1)
+        panel = torch.empty(x.shape[-1] + 1, step * _BLOCK, dtype=dtype)
+        written = (panel if dtype == torch.float32 else panel.view(torch.uint16)).numpy()
+        for first in range(0, len(words), step):
+            dequantize = partial(loops.dequantize, inputs.numpy(), *weight, written, first)
+            _in_threads(dequantize, first, min(first + step, len(words)), words.shape[1])
+            columns = y[:, first * _BLOCK : (first + step) * _BLOCK]
+            torch.mm(given, panel[:-1, : columns.shape[1]], out=columns)
+    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+@torch.library.register_fake("gptq_fn::cpu_vectors")
+def _(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    runs: torch.Tensor,
+    inputs: torch.Tensor,
+    n: int,
+    bits: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _in_threads(work: Callable[[int, int], None], first: int, last: int, cost: int) -> None:
+    """work(first, last), in pieces on as many threads as torch may use, where a piece is worth a thread at this cost of a block.
+
+    Threads of our own: torch's cannot be had from Python, and numba's would spin beside torch's on the same cores. The
+    caller's thread takes the first piece and then whatever no other thread has begun.
+    """
+    pieces = max(min(torch.get_num_threads(), last - first, (last - first) * cost // _THREAD), 1)
+    cuts = [first + (last - first) * i // pieces for i in range(pieces + 1)]
+    (_, mine), *rest = pairwise(cuts)
+    others = [(_pool().submit(work, *piece), piece) for piece in rest]
+    work(first, mine)
+    for other, piece in others:
+        if other.cancel():
+            work(*piece)
+        else:
+            other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "gptq_fn")
+
+
+def _unsigned(words: torch.Tensor) -> np.ndarray:
+    return words.view(torch.uint32).numpy()
+
+
+def _blocks(table: torch.Tensor, blocks: int) -> torch.Tensor:
+    """[groups, n] -> [blocks, groups, 64], with zeros appended."""
+    padded = F.pad(table, (0, blocks * _BLOCK - table.shape[1]))
+    return padded.reshape(len(table), blocks, _BLOCK).transpose(0, 1).contiguous()
