@@ -79,10 +79,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             if weights == "int":
                 quantize(model, args)
             prompts = torch.randint(1, model.config.vocab_size, (args.batch_size, args.prompt), device=args.device)
-            for path, beams, text, n in ways(model, prompts, args):
-                found.append({"shape": shape, "weights": weights, "path": path, "beams": beams, **measured(text, n, args)})
+            for path, beams, text, n, before in ways(model, prompts, args):
+                row = {"shape": shape, "weights": weights, "path": path, "beams": beams, **measured(text, n, before, args)}
+                found.append(row)
+                same = agreement(row["tokens"], next(r["tokens"] for r in found if (r["shape"], r["weights"]) == (shape, weights)))
                 about = f"{path}, {beams} beams" if beams else path
-                console.print(f"{shape} {weights}: {about}: {found[-1]['tokens_per_second']:.1f} tokens/s", highlight=False)
+                more = "" if beams not in (None, 1) else f"; {same - args.prompt} of {n} as the first way"
+                console.print(f"{shape} {weights}: {about}: {row['tokens_per_second']:.1f} tokens/s{more}", highlight=False)
                 del text
                 free()
                 if args.json:
@@ -123,14 +126,14 @@ def random_tensors(out: int, inputs: int, spread: float, args: argparse.Namespac
 
 
 def ways(model: Any, prompts: torch.Tensor, args: argparse.Namespace) -> Any:
-    """(path, beams, what generates that way, how many tokens) of each way that is asked for, made when it is its turn."""
+    """(path, beams, what generates that way, how many tokens, how many before time counts) of each way, made when it is its turn."""
     if "captured" in args.paths:
-        yield "captured", None, captured(model, prompts, args), args.max_new_tokens
+        yield "captured", None, captured(model, prompts, args), args.max_new_tokens, 8
     if "generate" in args.paths:
         for beams in args.num_beams:
-            yield "generate", beams, plain(model, prompts, beams), args.generate_tokens or args.max_new_tokens
+            yield "generate", beams, plain(model, prompts, beams), args.generate_tokens or args.max_new_tokens, 8
     if "jax" in args.paths:
-        yield "jax", None, in_jax(model, prompts, args), args.max_new_tokens
+        yield "jax", None, in_jax(model, prompts, args), args.max_new_tokens, args.max_new_tokens  # programs depend on the length
 
 
 def plain(model: Any, prompts: torch.Tensor, beams: int) -> Text:
@@ -232,9 +235,9 @@ def in_jax_arrays(model: Any) -> tuple[dict[str, Any], gptq_fn.ModelSpec]:
     return {"top": top, "blocks": [block(i) for i in range(len(spec.blocks))]}, spec
 
 
-def measured(text: Text, n: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The median rate of new tokens, after a short text that is not counted, and the tokens."""
-    tokens = text(n if args.device == "cpu" else 8)
+def measured(text: Text, n: int, before: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The median rate of `n` new tokens, after a text of `before` which compiles what is not compiled yet, and the tokens."""
+    tokens = text(min(n, before))
     seconds = []
     for _ in range(args.num_samples):
         synchronize(args.device)
@@ -274,6 +277,13 @@ def table_of(shape: str, rows: list[dict[str, Any]], args: argparse.Namespace) -
         ratios = [f"{other / rate:.2f}" if other and rate else "" for rate in (one, best)]
         table.add_row(f"{path}, {beams} beams" if beams else path, *cells, *ratios)
     return table
+
+
+def agreement(texts: list[list[int]], others: list[list[int]]) -> int:
+    """How many tokens all texts begin with that the other ones begin with, too; rounding makes them part in the end."""
+    a, b = torch.tensor(texts), torch.tensor(others)
+    n = min(a.shape[1], b.shape[1])
+    return int((a[:, :n] == b[:, :n]).int().cumprod(1).sum(1).min())
 
 
 def synchronize(device: str) -> None:
