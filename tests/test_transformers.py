@@ -175,9 +175,12 @@ def test_the_users_config_may_name_a_backend(tmp_path: Path) -> None:
         model = load(tmp_path, quantization_config=GPTQConfig(bits=4, backend="reference"))
     assert model.get_submodule(case.quantized[0]).backend == "reference"
     with pytest.warns(UserWarning, match="loading attributes"):
-        model = load(tmp_path, quantization_config=GPTQConfig(bits=4, backend="marlin"))
-    with pytest.raises(ValueError, match=r"(?s)There is no backend 'marlin'.*reference: serves it"):
+        model = load(tmp_path, quantization_config=GPTQConfig(bits=4, backend="triton"))  # which may be about to go to a GPU
+    with pytest.raises(ValueError, match=r"(?s)Backend 'triton' does not serve.*reference: serves it"):
         logits(model)
+    config = GPTQConfig(bits=4, backend="marlin")
+    with pytest.warns(UserWarning, match="loading"), pytest.raises(ValueError, match=r"no backend 'marlin'; there are .*reference"):
+        load(tmp_path, quantization_config=config)
 
 
 @pytest.mark.parametrize("form", ["marlin", "gptq_p", "bitblas"])

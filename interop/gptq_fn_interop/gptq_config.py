@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from gptq_fn_interop.shards import write_json
 
 FORMATS = ("gptq", "gptq_v2")
-_ANY_KERNEL = ("auto", "auto_trainable", None)
+ANY_KERNEL = ("auto", "auto_trainable", None)
 """Backends of transformers that leave the choice open. Gradients pass through every kernel here."""
 
 
@@ -42,7 +42,7 @@ class GPTQConfig(transformers.GPTQConfig):
 
     def post_init(self) -> None:
         """Refuse what cannot be read; transformers' own checks need optimum for some keys."""
-        self.backend = "auto" if self.backend in _ANY_KERNEL else self.backend
+        self.backend = "auto" if self.backend in ANY_KERNEL else self.backend
         if self.bits not in BITS:
             raise ValueError(f"GPTQ checkpoints with codes of 2, 3, 4 or 8 bits can be read, but this one has {self.bits}.")
         if self.format not in FORMATS:

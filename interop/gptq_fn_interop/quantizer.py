@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from gptq_fn_kernels import dequantize
+from gptq_fn_kernels import BACKENDS, dequantize
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -21,7 +21,7 @@ from transformers.utils import quantization_config
 
 from gptq_fn_interop import on_load, request
 from gptq_fn_interop.experts import Experts, fuse
-from gptq_fn_interop.gptq_config import GPTQConfig, save_config
+from gptq_fn_interop.gptq_config import ANY_KERNEL, GPTQConfig, save_config
 from gptq_fn_interop.gptq_format import TENSORS, regular_groups, scheme_of
 from gptq_fn_interop.places import Place, bits_of, place_of, require_blocks, stored_tensors
 from gptq_fn_interop.qlinear import QuantLinear
@@ -47,8 +47,9 @@ class GptqQuantizer(HfQuantizer):
     quantization_config: GPTQConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
-        """For a checkpoint that is not quantized yet, raises ValueError where the config asks for what cannot be done."""
+        """Raises ValueError for a backend that does not exist and, before quantizing, for what else cannot be done."""
         super().__init__(quantization_config, **kwargs)
+        _require_known(quantization_config.backend)
         if not self.pre_quantized:
             request.read(quantization_config)  # before the weights are loaded, which takes a while
         self._absent_g_idx: dict[str, torch.Tensor] = {}
@@ -154,6 +155,13 @@ class GptqQuantizer(HfQuantizer):
     def is_trainable(self) -> Any:
         """Whether adapters can be trained on top; the quantized layers themselves are frozen."""
         return True
+
+
+def _require_known(backend: str | None) -> None:
+    """Raise ValueError for a name that is no backend's. Whether one serves is known when a layer meets its activations."""
+    names = [known.name for known in BACKENDS]
+    if backend not in (*ANY_KERNEL, *names):
+        raise ValueError(f"There is no backend {backend!r}; there are {', '.join(names)}. `gptq-fn kernels` tells what each serves.")
 
 
 def _quantized(model: nn.Module) -> list[tuple[str, QuantLinear]]:
