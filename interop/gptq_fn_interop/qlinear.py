@@ -32,6 +32,12 @@ _CAST = (torch.float32, torch.float16, torch.bfloat16)
 """What autocast casts; it leaves float64 alone."""
 
 
+def _untraced(method: Any) -> Any:
+    """What `torch.compiler.assume_constant_result` does, except that it imports Dynamo, which takes two seconds."""
+    method._dynamo_marked_constant = True
+    return method
+
+
 class QuantLinear(nn.Linear):
     """y = x W^T + b with W quantized. The state dict is the checkpoint's: qweight, qzeros, scales, g_idx and bias, unchanged.
 
@@ -119,7 +125,7 @@ class QuantLinear(nn.Linear):
             derived.prepared[dtype] = prepare(derived.packed, dtype, self.backend)
         return derived
 
-    @torch.compiler.assume_constant_result
+    @_untraced
     def _derive_untraced(self, dtype: torch.dtype | None) -> None:
         """Derive while Dynamo traces: it calls this instead of tracing it, for what is derived depends on values.
 
@@ -141,9 +147,9 @@ class QuantLinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         def watched(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)
-            if result is not tensor:  # else a captured CUDA graph may go on reading what was derived
+            if result is not tensor:
                 self._derived = None  # a parameter that is cast or moved stays the same object
-            return result
+            return result  # where nothing changes, captured CUDA graphs go on reading what was derived
 
         return super()._apply(watched, recurse)
 
@@ -154,7 +160,7 @@ class QuantLinear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # nn.Module would answer that the attribute exists already, or has no setter
             refuse()
-        if name in TENSORS and name != "bias":
+        if name == "backend" or (name in TENSORS and name != "bias"):
             self.__dict__["_derived"] = None
         super().__setattr__(name, value)
 
