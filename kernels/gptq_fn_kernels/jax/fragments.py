@@ -10,11 +10,8 @@ import numpy as np
 
 from gptq_fn_kernels.jax.launch import launch
 from gptq_fn_kernels.jax.slots import slots_of
-from gptq_fn_kernels.triton.layout import chunk_of, pack_words, unpack_words
+from gptq_fn_kernels.triton.layout import SMALLEST_GROUP, chunk_of, largest_group_of, pack_words, unpack_words
 from gptq_fn_kernels.triton.plan import Gpu, constants_of, plan_of
-
-SMALLEST_GROUP = 16
-"""Inputs that a matrix instruction takes at once: they share a scale."""
 
 _DENSE_OUTPUTS = 64
 """Outputs that a program of the dequantizing kernel writes."""
@@ -37,7 +34,7 @@ class Fragments:
     high: jax.Array | None
     """int16 [chunks, out, 16]: the highest bits of codes of 3 bits."""
     zeros: jax.Array | None
-    """uint8 [slots / group, out], or None where every zero point is the middle code."""
+    """float16 [slots / group, out], whole numbers, or None where every zero point is the middle code."""
     scales: jax.Array
     """[slots / group, out], of any floating dtype."""
     gather: jax.Array | None
@@ -57,10 +54,10 @@ def pack(
     codes: jax.Array, scale: jax.Array, zero: jax.Array, group_of: np.ndarray, bits: int, symmetric: bool, bias: jax.Array | None
 ) -> Fragments:
     """Codes [out, k], scale and zero [out, groups], and the group of each input [k], as Fragments."""
-    slots = slots_of(group_of, chunk=chunk_of(bits), smallest=SMALLEST_GROUP)
+    slots = slots_of(group_of, chunk=chunk_of(bits), smallest=SMALLEST_GROUP, largest=largest_group_of(bits))
     words, high = _words(codes, zero, slots.inputs, np.repeat(slots.groups, slots.share), bits)
     gather = None if slots.gather is None else jnp.asarray(slots.gather)
-    zeros = None if symmetric else zero.T[slots.groups]
+    zeros = None if symmetric else zero.T[slots.groups].astype(jnp.float16)
     return Fragments(words, high, zeros, scale.T[slots.groups], gather, bits, slots.share, len(group_of), bias)
 
 

@@ -1,10 +1,9 @@
-"""Packed weights as XLA multiplies them: words of the checkpoint's bit stream, their outputs side by side.
+"""Packed weights as XLA multiplies them: words whose fields are neighbouring inputs, the outputs side by side.
 
-On a CPU the words of 32 inputs are unpacked and multiplied in one vector loop over the outputs; nothing as large as the
-weight is written. More rows than a few, or another device, dequantize the weight and multiply densely.
+On a CPU a step of inputs is dequantized and multiplied, then the next: nothing as large as the weight is written, and
+the loops over outputs become vector code. Other devices dequantize the weight and multiply densely.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,14 +14,14 @@ import numpy as np
 from gptq_fn_kernels.jax.slots import slots_of
 from gptq_fn_kernels.words import pack as pack_words
 
-STEP = 32
-"""Inputs that are multiplied at a time: the fewest that fill whole words at any width."""
+STEP = 64
+"""Inputs that are multiplied at a time: their weights stay in a cache."""
 
 SMALLEST_GROUP = 8
 """Inputs that share a scale; groups of other sizes are padded."""
 
-FEW = 4
-"""Rows that are multiplied word by word. For more of them, unpacking the weight once costs less than unpacking it for each."""
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""Widths that divide a word, into which codes are cut, the lowest bits first."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["words", "scales", "zeros", "groups", "gather", "bias"], meta_fields=["bits", "k"])
@@ -34,7 +33,7 @@ class Rows:
     """
 
     words: jax.Array
-    """int32 [steps, words of a step, out]."""
+    """int32 [steps, words of a step, out]: plane after plane, in each the inputs in their order."""
     scales: jax.Array
     """[groups, out], of any floating dtype."""
     zeros: jax.Array | None
@@ -50,7 +49,7 @@ class Rows:
     def multiply(self, x: jax.Array) -> jax.Array:
         """x [..., k] -> x W^T [..., out] in x's dtype, without the bias."""
         rows = x.reshape(-1, self.k)
-        y = _dense(self, rows) if len(rows) > FEW else jax.lax.platform_dependent(self, rows, cpu=_by_words, default=_dense)
+        y = jax.lax.platform_dependent(self, rows, cpu=_by_steps, default=_dense)
         return y.reshape(*x.shape[:-1], -1)
 
 
@@ -58,7 +57,7 @@ def pack(
     codes: jax.Array, scale: jax.Array, zero: jax.Array, group_of: np.ndarray, bits: int, symmetric: bool, bias: jax.Array | None
 ) -> Rows:
     """Codes [out, k], scale and zero [out, groups], and the group of each input [k], as Rows."""
-    slots = slots_of(group_of, chunk=STEP, smallest=SMALLEST_GROUP)
+    slots = slots_of(group_of, chunk=STEP, smallest=SMALLEST_GROUP, largest=STEP)
     words = _words(codes, zero, slots.inputs, np.repeat(slots.groups, slots.share), bits)
     gather = None if slots.gather is None else jnp.asarray(slots.gather)
     zeros = None if symmetric else zero.T
@@ -68,8 +67,13 @@ def pack(
 @partial(jax.jit, static_argnames="bits")
 def _words(codes: jax.Array, zero: jax.Array, inputs: np.ndarray, groups: np.ndarray, bits: int) -> jax.Array:
     # An empty slot holds its group's zero point, so its weight is 0.
-    held = jnp.where((inputs == codes.shape[1])[:, None], zero.T[groups], codes.T.at[inputs].get(mode="clip"))
-    return pack_words(held.astype(jnp.int32), bits, jnp.stack).reshape(len(inputs) // STEP, -1, held.shape[1])
+    held = jnp.where((inputs == codes.shape[1])[:, None], zero.T[groups], codes.T.at[inputs].get(mode="clip")).astype(jnp.int32)
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        words = pack_words((held >> shift) & (2**width - 1), width, jnp.stack)
+        planes.append(words.reshape(len(inputs) // STEP, -1, held.shape[1]))
+        shift += width
+    return jnp.concatenate(planes, axis=1)
 
 
 def _slotted(p: Rows, x: jax.Array) -> jax.Array:
@@ -80,53 +84,33 @@ def _slotted(p: Rows, x: jax.Array) -> jax.Array:
     return x.at[:, p.gather].get(mode="fill", fill_value=0)
 
 
-def _by_words(p: Rows, x: jax.Array) -> jax.Array:
+def _by_steps(p: Rows, x: jax.Array) -> jax.Array:
     """x [m, k] -> [m, out], a step of inputs after the other, in float32."""
     steps = _slotted(p, x).astype(jnp.float32).reshape(len(x), -1, STEP).swapaxes(0, 1)
 
-    def add(ys: tuple[jax.Array, ...], step: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
-        words, groups, xs = step
-        share, codes = STEP // len(groups), list(_codes(words, p.bits))
-        for s in range(len(groups)):
-            zero = 2 ** (p.bits - 1) if p.zeros is None else _row(p.zeros, groups[s]).astype(jnp.int32)
-            levels = [(code - zero).astype(jnp.float32) for code in codes[s * share : (s + 1) * share]]
-            scale = _row(p.scales, groups[s]).astype(jnp.float32)
-            ys = tuple(y + scale * sum(x[s * share + i] * level for i, level in enumerate(levels)) for x, y in zip(xs, ys, strict=True))
-        return ys, None
+    def add(y: jax.Array, step: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        words, groups, x = step
+        return y + jnp.matmul(x, _weight(p, words, groups), precision=jax.lax.Precision.HIGHEST), None
 
-    # A vector for each row and not a matrix of them: XLA makes vector code of the one, and not of the other.
-    nothing = tuple(jnp.zeros(p.words.shape[-1], jnp.float32) for _ in x)
-    return jnp.stack(jax.lax.scan(add, nothing, (p.words, p.groups, steps))[0]).astype(x.dtype)
-
-
-def _row(a: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(a, i, 0, keepdims=False)
+    nothing = jnp.zeros((len(x), p.words.shape[-1]), jnp.float32)
+    return jax.lax.scan(add, nothing, (p.words, p.groups, steps))[0].astype(x.dtype)
 
 
 def _dense(p: Rows, x: jax.Array) -> jax.Array:
     """x [m, k] -> [m, out], by a weight in x's dtype."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    weight = dequantize(p).astype(x.dtype)
-    return jnp.matmul(_slotted(p, x), weight, precision=precision)
+    weight = jax.vmap(partial(_weight, p))(p.words, p.groups).reshape(-1, p.words.shape[-1])
+    return jnp.matmul(_slotted(p, x), weight.astype(x.dtype), precision=precision)
 
 
-def dequantize(p: Rows) -> jax.Array:
-    """The weight [slots, out] in float32; 0 in slots without an input."""
-
-    def one(step: tuple[jax.Array, jax.Array]) -> jax.Array:
-        words, groups = step
-        of = jnp.repeat(groups, STEP // len(groups), total_repeat_length=STEP)
-        levels = jnp.stack(list(_codes(words, p.bits))) - (2 ** (p.bits - 1) if p.zeros is None else p.zeros[of].astype(jnp.int32))
-        return levels.astype(jnp.float32) * p.scales[of].astype(jnp.float32)
-
-    return jax.lax.map(one, (p.words, p.groups)).reshape(len(p.words) * STEP, -1)
-
-
-def _codes(words: jax.Array, bits: int) -> Iterator[jax.Array]:
-    """The `STEP` codes in words [words of a step, out], each int32 [out]."""
-    for i in range(STEP):
-        word, shift = divmod(i * bits, 32)
-        code = jax.lax.shift_right_logical(words[word], jnp.int32(shift))
-        if shift + bits > 32:
-            code = code | words[word + 1] << (32 - shift)
-        yield code & (2**bits - 1)
+def _weight(p: Rows, words: jax.Array, groups: jax.Array) -> jax.Array:
+    """The weight [STEP, out] of a step in float32; 0 in slots without an input."""
+    codes, first, shift = jnp.int32(0), 0, 0
+    for width in PLANES[p.bits]:
+        count = STEP * width // 32
+        fields = words[first : first + count, None] >> jnp.arange(0, 32, width, dtype=jnp.int32)[None, :, None]
+        codes = codes | (fields & (2**width - 1)).reshape(STEP, -1) << shift
+        first, shift = first + count, shift + width
+    codes = codes.reshape(len(groups), -1, words.shape[-1])
+    zeros = 2 ** (p.bits - 1) if p.zeros is None else p.zeros[groups].astype(jnp.int32)[:, None]
+    return ((codes - zeros).astype(jnp.float32) * p.scales[groups].astype(jnp.float32)[:, None]).reshape(STEP, -1)

@@ -22,15 +22,15 @@ class Slots:
         return None if (self.inputs[: self.k] == np.arange(self.k)).all() else self.inputs
 
 
-def slots_of(group_of: np.ndarray, *, chunk: int, smallest: int) -> Slots:
-    """Slots for inputs of these groups [k], of which every share has `smallest` * 2^i slots, at most a chunk.
+def slots_of(group_of: np.ndarray, *, chunk: int, smallest: int, largest: int) -> Slots:
+    """Slots for inputs of these groups [k], of which every share has `smallest` * 2^i slots, at most `largest`; they fill whole chunks.
 
     The largest share that leaves no slot empty between groups is taken, else `smallest`.
     """
     order = np.argsort(group_of, kind="stable").astype(np.int32)
     of = group_of[order]
     starts = np.flatnonzero(np.diff(of, prepend=-1))
-    share = chunk
+    share = largest
     while share > smallest and (starts % share).any():
         share //= 2
     counts = np.diff(starts, append=len(of))

@@ -20,6 +20,17 @@ from typing import Any
 WORDS = 16
 """Words of one output in a chunk."""
 
+SMALLEST_GROUP = 16
+"""Inputs that a matrix instruction takes at once: they share a scale."""
+
+_GROUPS = 4
+"""A chunk has at least as many groups, though their scales be the same: fewer cannot be copied ahead in whole words."""
+
+
+def largest_group_of(bits: int) -> int:
+    """The most inputs that share a scale in this layout."""
+    return chunk_of(bits) // _GROUPS
+
 
 def fields_of(bits: int) -> int:
     """Codes in a half of a word."""

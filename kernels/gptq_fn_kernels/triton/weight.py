@@ -6,14 +6,8 @@ from typing import NamedTuple
 import torch
 
 from gptq_fn_kernels.problem import Packed
-from gptq_fn_kernels.triton.layout import chunk_of, pack_words
+from gptq_fn_kernels.triton.layout import SMALLEST_GROUP, chunk_of, largest_group_of, pack_words
 from gptq_fn_kernels.words import unpack
-
-_SMALLEST_GROUP = 16
-"""Inputs that a matrix instruction takes at once: they share a scale."""
-
-_GROUPS = 4
-"""A chunk has at least as many groups, though their scales be the same: fewer cannot be copied ahead in whole words."""
 
 _BLOCK = 2**24
 """Codes packed at a time: their int32 take 64 MiB."""
@@ -88,10 +82,10 @@ def _slots(packed: Packed) -> _Slots:
     at = torch.arange(packed.k, device=device)
     counts = torch.bincount(of, minlength=len(packed.scales))
     size = max(int(counts[0]), 1)
-    if bool((of == at // size).all()) and (size >= packed.k or size % _SMALLEST_GROUP == 0):
-        group = min(chunk // _GROUPS, size & -size if size < packed.k else chunk)
+    if bool((of == at // size).all()) and (size >= packed.k or size % SMALLEST_GROUP == 0):
+        group = min(largest_group_of(packed.bits), size & -size if size < packed.k else chunk)
     else:
-        group = _SMALLEST_GROUP
+        group = SMALLEST_GROUP
         room = -(-counts // group) * group
         at = at + (room.cumsum(0) - room - counts.cumsum(0) + counts)[of]
     width = -(-(int(at[-1]) + 1) // chunk) * chunk
