@@ -53,6 +53,8 @@ class Vectors:
     """int32 [rows, codes in a word]: the input of each code, or k where the group has no more."""
     n: int
     bits: int
+    arrays: tuple[np.ndarray, ...]
+    """The same memory as the loops take it: inputs, words as uint32, scales, zeros, runs."""
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -80,26 +82,61 @@ def prepare(packed: Packed) -> Vectors:
     inputs = torch.full((int(ends[-1]), per), packed.k, dtype=torch.int32)
     inputs.view(-1)[place] = order.int()
     words = torch.zeros(blocks, len(inputs), _BLOCK, dtype=torch.int32)
-    loops.repack(_unsigned(packed.qweight.contiguous()), inputs.numpy(), packed.k, packed.bits, _unsigned(words))
+    loops.repack(
+        packed.qweight.contiguous().view(torch.uint32).numpy(), inputs.numpy(), packed.k, packed.bits, words.view(torch.uint32).numpy()
+    )
     spans = enumerate(zip(starts.tolist(), ends.tolist(), strict=True))
     runs = [(r, min(r + _RUN, end), g) for g, (start, end) in spans for r in range(start, end, _RUN)]
     scales, zeros = _blocks(packed.scales.float(), blocks), _blocks(packed.zeros.to(torch.uint8), blocks)
-    return Vectors(words, scales, zeros, torch.tensor(runs, dtype=torch.int32).reshape(-1, 3), inputs, packed.n, packed.bits)
+    table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 3)
+    return Vectors(words, scales, zeros, table, inputs, packed.n, packed.bits, _arrays(inputs, words, scales, zeros, table))
 
 
 def matmul(x: torch.Tensor, form: Vectors) -> torch.Tensor:
     """x [..., k] -> [..., n]."""
-    return torch.ops.gptq_fn.cpu_vectors(x, form.words, form.scales, form.zeros, form.runs, form.inputs, form.n, form.bits)
+    if torch.compiler.is_compiling():
+        return torch.ops.gptq_fn.cpu_vectors(x, form.words, form.scales, form.zeros, form.runs, form.inputs, form.n, form.bits)
+    return _multiply(x, form.arrays, form.n, form.bits)  # to go through the operator takes 40 us, as long as a small layer
 
 
-# Not `torch.library.custom_op`: its wrappers take 30 us a call, which is half of what a small layer takes, and these 10.
+def _arrays(*tensors: torch.Tensor) -> tuple[np.ndarray, ...]:
+    return tuple((tensor.view(torch.uint32) if tensor.dim() == 3 and tensor.dtype == torch.int32 else tensor).numpy() for tensor in tensors)
+
+
+def _multiply(x: torch.Tensor, form: tuple[np.ndarray, ...], n: int, bits: int) -> torch.Tensor:
+    """`form` is (inputs, words, scales, zeros, runs)."""
+    from gptq_fn_kernels.cpu import loops
+
+    x, k, blocks, words = x.detach(), x.shape[-1], len(form[1]), len(form[0])
+    rows = x.numel() // k
+    if rows <= _FEW[x.dtype]:
+        tile = 1 if rows == 1 else 4 if rows <= 4 else 8
+        given = np.ascontiguousarray(x.to(torch.float32).numpy().reshape(rows, k))
+        sums = np.empty((rows, n), np.float32)
+        in_threads(partial(loops.multiply, given, *form, (0,) * bits, (0,) * tile, sums), 0, blocks, words * -(-rows // tile))
+        y = torch.from_numpy(sums).to(x.dtype)
+    else:
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        given, sums = x.reshape(rows, k).to(dtype), torch.empty(rows, n, dtype=dtype)
+        step = max(_PANEL // k // _BLOCK, 1)
+        panel = torch.empty(k + 1, step * _BLOCK, dtype=dtype)
+        written = (panel if dtype == torch.float32 else panel.view(torch.uint16)).numpy()
+        for first in range(0, blocks, step):
+            in_threads(partial(loops.dequantize, *form, (0,) * bits, written, first), first, min(first + step, blocks), words)
+            columns = sums[:, first * _BLOCK : (first + step) * _BLOCK]
+            torch.mm(given, panel[:-1, : columns.shape[1]], out=columns)
+        y = sums.to(x.dtype)
+    return y.view(*x.shape[:-1], n)
+
+
+# Not `torch.library.custom_op`, whose wrappers take three times as long.
 torch.library.define(
     "gptq_fn::cpu_vectors", "(Tensor x, Tensor words, Tensor scales, Tensor zeros, Tensor runs, Tensor inputs, int n, int bits) -> Tensor"
 )
 
 
 @torch.library.impl("gptq_fn::cpu_vectors", "cpu")
-def _multiply(
+def _(
     x: torch.Tensor,
     words: torch.Tensor,
     scales: torch.Tensor,
@@ -109,26 +146,7 @@ def _multiply(
     n: int,
     bits: int,
 ) -> torch.Tensor:
-    from gptq_fn_kernels.cpu import loops
-
-    rows = x.detach().reshape(-1, x.shape[-1])
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and len(rows) > _FEW[x.dtype] else torch.float32
-    given, y = rows.to(dtype).contiguous(), torch.empty(len(rows), n, dtype=dtype)
-    weight = _unsigned(words), scales.numpy(), zeros.numpy(), runs.numpy(), (0,) * bits
-    if len(rows) <= _FEW[x.dtype]:
-        tile = 1 if len(rows) == 1 else 4 if len(rows) <= 4 else 8
-        multiply = partial(loops.multiply, given.numpy(), inputs.numpy(), *weight, (0,) * tile, y.numpy())
-        _in_threads(multiply, 0, len(words), words.shape[1] * -(-len(rows) // tile))
-    else:
-        step = max(_PANEL // x.shape[-1] // _BLOCK, 1)
-        panel = torch.empty(x.shape[-1] + 1, step * _BLOCK, dtype=dtype)
-        written = (panel if dtype == torch.float32 else panel.view(torch.uint16)).numpy()
-        for first in range(0, len(words), step):
-            dequantize = partial(loops.dequantize, inputs.numpy(), *weight, written, first)
-            _in_threads(dequantize, first, min(first + step, len(words)), words.shape[1])
-            columns = y[:, first * _BLOCK : (first + step) * _BLOCK]
-            torch.mm(given, panel[:-1, : columns.shape[1]], out=columns)
-    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+    return _multiply(x, _arrays(inputs, words, scales, zeros, runs), n, bits)
 
 
 @torch.library.register_fake("gptq_fn::cpu_vectors")
@@ -145,13 +163,15 @@ def _(
     return x.new_empty(*x.shape[:-1], n)
 
 
-def _in_threads(work: Callable[[int, int], None], first: int, last: int, cost: int) -> None:
+def in_threads(work: Callable[[int, int], None], first: int, last: int, cost: int) -> None:
     """work(first, last), in pieces on as many threads as torch may use, where a piece is worth a thread at this cost of a block.
 
     Threads of our own: torch's cannot be had from Python, and numba's would spin beside torch's on the same cores. The
     caller's thread takes the first piece and then whatever no other thread has begun.
     """
     pieces = max(min(torch.get_num_threads(), last - first, (last - first) * cost // _THREAD), 1)
+    if pieces == 1:
+        return work(first, last)
     cuts = [first + (last - first) * i // pieces for i in range(pieces + 1)]
     (_, mine), *rest = pairwise(cuts)
     others = [(_pool().submit(work, *piece), piece) for piece in rest]
@@ -166,10 +186,6 @@ def _in_threads(work: Callable[[int, int], None], first: int, last: int, cost: i
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), "gptq_fn")
-
-
-def _unsigned(words: torch.Tensor) -> np.ndarray:
-    return words.view(torch.uint32).numpy()
 
 
 def _blocks(table: torch.Tensor, blocks: int) -> torch.Tensor:
