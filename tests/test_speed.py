@@ -50,3 +50,27 @@ def test_matmuls_are_checked_while_they_are_timed(tmp_path: Path, capsys: pytest
             assert all(1e-4 < error < 1e-2 for error in row["error"].values())  # of bfloat16
             assert all(t["min"] <= t["median"] <= t["max"] for t in row["times"].values())
     assert "microseconds" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["dense", "int"])
+def test_a_captured_step_gives_the_tokens_of_generate(tmp_path: Path, weights: str) -> None:
+    sizes = ["--max-new-tokens", "32", "--prompt", "16", "--group-size", "32", "--num-beams", "1", "--dtype", "float32"]
+    model = ["--shape", "tiny", "--weights", weights, "--device", "cuda", "--paths", "captured", "generate"]
+    program("examples/generation_speed.py")([*model, "--profile", "--json", str(tmp_path / "f.json"), *sizes])
+    captured, plain = (row["tokens"] for row in json.loads((tmp_path / "f.json").read_text()))
+    assert len(set(captured[0][-32:])) > 4
+    assert captured == plain
+
+
+@pytest.mark.gpu
+def test_matmuls_are_checked_while_a_gpu_is_timed(tmp_path: Path) -> None:
+    shape = ["--shapes", "512x256", "--rows", "1", "17", "--bits", "3", "4", "--groups", "64", "0", "--dtypes", "float16", "bfloat16"]
+    program("benchmarks/matmul.py")(["--device", "cuda", "--budget", "0.01", "--json", str(tmp_path / "f.json"), *shape])
+    for result in json.loads((tmp_path / "f.json").read_text())["results"]:
+        measured = {name: row for name, row in result["rows"].items() if "error" in row}
+        assert {"dense (cuBLAS)", "gptq_fn triton", "gptq_fn reference"} <= measured.keys()
+        for row in measured.values():
+            assert not row["failed"]
+            assert row["copies"] > 1
+            assert all(error < 1e-2 for error in row["error"].values())

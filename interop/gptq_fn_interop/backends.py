@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -57,10 +58,10 @@ def random_weight(problem: Problem, device: str, group_size: int = 128) -> Packe
 
 
 @torch.inference_mode()
-def times(problem: Problem, rows: int, names: Sequence[str], device: str, runs: int = 15) -> dict[str, tuple[float, float]]:
+def times(problem: Problem, rows: int, names: Sequence[str], device: str) -> dict[str, tuple[float, float]]:
     """For each of these backends, and a dense layer, microseconds of multiplying `rows` activations and the ratio to the dense layer.
 
-    Medians of `runs` measurements in turns; ratios are of neighbours, which whatever else the machine does hurts least.
+    Medians of measurements in turns, 3 to 15 of them; ratios are of neighbours, which whatever else the machine does hurts least.
     """
     x = torch.randn(rows, problem.k, device=device, dtype=problem.dtype)
     weight = random_weight(problem, device)
@@ -69,9 +70,11 @@ def times(problem: Problem, rows: int, names: Sequence[str], device: str, runs: 
     for name in names:
         forms = [prepare(random_weight(problem, device), problem.dtype, name) for _ in range(copies_of(read, device))]
         measures[name] = stopwatch([lambda form=form: multiply(x, form) for form in forms], device)
-    dense = [dequantize(weight, problem.dtype).clone() for _ in range(copies_of(problem.n * problem.k * x.itemsize, device))]
+    dense = [dequantize(weight, problem.dtype).contiguous() for _ in range(copies_of(problem.n * problem.k * x.itemsize, device))]
     measures[DENSE] = stopwatch([lambda w=w: torch.nn.functional.linear(x, w) for w in dense], device)
-    found = [{name: measure() for name, measure in measures.items()} for _ in range(runs)]
+    began, found = time.perf_counter(), []
+    while len(found) < 3 or (len(found) < 15 and time.perf_counter() - began < 2):
+        found.append({name: measure() for name, measure in measures.items()})
     return {
         name: (statistics.median(each[name] for each in found), statistics.median(each[name] / each[DENSE] for each in found))
         for name in measures

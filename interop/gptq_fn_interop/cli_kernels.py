@@ -39,7 +39,7 @@ def kernels(
     device: Literal["cuda", "cpu"] | None = None,
     backend: str | None = None,
     time: bool = False,
-    rows: tuple[int, ...] = (1, 16, 256, 2048),
+    rows: tuple[int, ...] = (1, 16, 256),
 ) -> None:
     """Tell which backends multiply with a quantized weight on this machine, why others do not, and which one is taken.
 
