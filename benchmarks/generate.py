@@ -4,8 +4,8 @@
 
 Claim: on two CPU cores the quantized model generates faster here than in transformers with this package's layers, and the float
 one nearly as fast as in transformers. Both compute in float32 and take the likeliest tokens. A step reads every weight once,
-so the float model's bytes over the memory's bandwidth, printed here, bound it. The quantized model has no kernel in JAX: each
-step dequantizes each block anew. transformers uses the kernel chosen here.
+so the float model's bytes over the memory's bandwidth, printed here, bound it. Quantized weights are packed here; "unpacked"
+is the same model as QuantizedLinears, whose blocks each step dequantizes. transformers uses the kernel chosen here.
 """
 
 import argparse
@@ -25,8 +25,12 @@ import gptq_fn
 from gptq_fn import interop
 
 
-def ours(directory: Path, prompts: np.ndarray) -> Callable[[int], object]:
-    params, spec = interop.load_gptq(directory)
+def unpacked(directory: Path, prompts: np.ndarray) -> Callable[[int], object]:
+    return ours(directory, prompts, packed=False)
+
+
+def ours(directory: Path, prompts: np.ndarray, *, packed: bool = True) -> Callable[[int], object]:
+    params, spec = interop.load_gptq(directory, packed=packed)
     params = jax.tree.map(lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, params)
     tokens = jnp.asarray(prompts, jnp.int32)
     return lambda n: jax.block_until_ready(gptq_fn.generate(spec, params, tokens, n))
@@ -63,6 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     prompts = np.random.default_rng(0).integers(100, 1000, (args.batch, args.prompt))
     made = {(what, who.__name__): who(getattr(args, what), prompts) for what in ("float", "quantized") for who in (ours, theirs)}
+    made["quantized", "unpacked"] = unpacked(args.quantized, prompts)
     print(f"{torch.get_num_threads()} torch threads, {jax.devices()[0]}, {bandwidth():.0f} GB/s")
     print(f"{args.batch} prompts of {args.prompt} tokens, continued by {args.new}, {args.runs} times in turns", flush=True)
     first = {name: seconds(f, args.new) for name, f in made.items()}
@@ -76,7 +81,7 @@ def main() -> None:
         step = statistics.median((b - a) / (args.new - 1) for a, b in zip(short[name], whole[name], strict=True))
         what, who = name
         print(
-            f"{what:>10} {who:>7}  prompt {statistics.median(short[name]):6.2f} s   {args.batch / step:7.1f} tokens/s"
+            f"{what:>10} {who:>8}  prompt {statistics.median(short[name]):6.2f} s   {args.batch / step:7.1f} tokens/s"
             f"   ({1e3 * step:.1f} ms a step; first call {first[name]:.1f} s)"
         )
     for what in ("float", "quantized"):

@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gptq_fn_interop.params import write_params
+from gptq_fn_interop.stream import load_gptq, save_gptq
 from gptq_fn_kernels.jax import Fragments, Rows, fragments, rows
 from gptq_fn_kernels.jax.slots import slots_of
 from hypothesis import given
 from hypothesis import strategies as st
+from test_families import built as built  # the fixture
+from test_flax import rounded
 
-from gptq_fn import QuantizedLinear, dequantize, kernels
+from gptq_fn import QuantConfig, QuantizedLinear, dequantize, forward, generate, interop, kernels
 from gptq_fn.model.linear import Joined, linear
 from gptq_fn.model.linear import linears as linears_of
 
@@ -72,7 +76,7 @@ def test_packed_linears_multiply_as_their_weights_do(form, q, m, dtype, seed):
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=300), st.sampled_from([32, 64, 128]), st.sampled_from([8, 16]))
 def test_every_input_has_one_slot_among_those_of_its_group(group_of, chunk, smallest):
-    slots = slots_of(np.asarray(group_of), chunk=chunk, smallest=smallest)
+    slots = slots_of(np.asarray(group_of), chunk=chunk, smallest=smallest, largest=chunk)
     assert len(slots.inputs) % chunk == chunk % slots.share == 0
     assert slots.share >= smallest
     held = slots.inputs < slots.k
@@ -91,8 +95,8 @@ def test_gradients_are_those_of_the_dequantized_weight(form):
         jnp.asarray(group_of),
         4,
     )
-    x, p = jnp.asarray(rng.standard_normal((2, 96)), jnp.float32), packed(q, form)
-    slope = jnp.asarray(rng.standard_normal((2, 24)), jnp.float32)
+    x, p = jnp.asarray(rng.standard_normal((5, 96)), jnp.float32), packed(q, form)
+    slope = jnp.asarray(rng.standard_normal((5, 24)), jnp.float32)
     found = jax.grad(lambda x: (linear(p, x) * slope).sum())(x)
     np.testing.assert_allclose(found, slope @ dequantize(q), rtol=1e-4, atol=1e-3)
 
@@ -109,6 +113,70 @@ def test_packing_joins_what_reads_one_input_if_the_grids_agree():
     found = kernels.pack_roles(p)
     assert {role: type(leaf) for role, leaf in found.items()} == {"q+k+v": Joined, "gate": Rows, "up": Rows, "norm": dict}
     x = jnp.asarray(rng.standard_normal((5, 64)), jnp.float32)
-    for roles in (("q", "k", "v"), ("gate", "up")):
-        for ours, theirs in zip(linears_of(found, roles, x), linears_of(p, roles, x), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(linears_of(found, ("q", "k", "v"), x), linears_of(p, ("q", "k", "v"), x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("case", "bits", "sym"), [("qwen2", 4, True), ("gpt2", 3, False), ("mixtral", 8, False)])
+def test_packed_models_compute_what_quantized_ones_do(case, bits, sym, built):
+    params, spec, *_ = rounded(case, built, QuantConfig(bits=bits, sym=sym, group_size=16))
+    small = kernels.pack(params)
+    assert not [leaf for leaf in jax.tree.leaves(small, is_leaf=is_quantized) if is_quantized(leaf)]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(2, 97, (1, 9)), jnp.int32)
+    expected = forward(spec, params, tokens)
+    np.testing.assert_allclose(forward(spec, small, tokens), expected, atol=1e-5 * float(jnp.abs(expected).max()))
+    if case == "qwen2":
+        ours = generate(spec, small, tokens, 4)
+        alone = forward(spec, params, ours)[0].argmax(-1)  # what each token is the likeliest after
+        np.testing.assert_array_equal(ours[0, -4:], alone[-5:-1])
+
+
+def is_quantized(leaf: object) -> bool:
+    return isinstance(leaf, QuantizedLinear)
+
+
+def test_packed_checkpoints_take_the_memory_of_their_bits(built, tmp_path):
+    """A block at a time: what is held besides is one block with a byte for each code."""
+    quantized = rounded("llama", built, QuantConfig(bits=4, group_size=16))
+    save_gptq(quantized, tmp_path / "model")
+    (params, _), (small, spec) = load_gptq(tmp_path / "model"), load_gptq(tmp_path / "model", packed=True)
+    assert jax.tree.structure(small) == jax.tree.structure(kernels.pack(params))
+    for ours, theirs in zip(jax.tree.leaves(small), jax.tree.leaves(kernels.pack(params)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    stored = [leaf.codes for leaf in jax.tree.leaves(params["blocks"], is_leaf=is_quantized) if is_quantized(leaf)]
+    words = sum(leaf.words.nbytes for leaf in jax.tree.leaves(small["blocks"], is_leaf=is_packed) if is_packed(leaf))
+    assert words == sum(len(codes) * -(-codes.shape[1] // 64) * 64 // 2 for codes in stored)
+    for refusing in (lambda: list(write_params(spec, small, "v1")), lambda: interop.to_flax((small, spec))):
+        with pytest.raises(ValueError, match="packed for products"):
+            refusing()
+
+
+def is_packed(leaf: object) -> bool:
+    return isinstance(leaf, Rows | Fragments)
+
+
+@pytest.mark.gpu
+@given(linears(), st.sampled_from([1, 3, 12, 70, 600]), st.sampled_from([jnp.float32, jnp.float16, jnp.bfloat16]))
+def test_kernels_multiply_on_gpus(q, m, dtype):
+    """The leaf is laid out for the kernels, runs on both devices, and takes no other form than here."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((m, q.shape[1])), dtype)
+    p = packed(q, "fragments")
+    expected, size = exact(q, np.asarray(x, np.float64))
+    allowed = 2e-6 if dtype == jnp.float32 else 3 * float(jnp.finfo(dtype).eps)
+    for device in (jax.devices("gpu")[0], jax.devices("cpu")[0]):
+        y = multiplied(jax.device_put(p, device), jax.device_put(x, device))
+        again = multiplied(jax.device_put(p, device), jax.device_put(x, device))
+        np.testing.assert_array_equal(y, again)
+        assert (np.abs(np.asarray(y, np.float64) - expected) <= allowed * size).all(), (device, m)
+
+
+@pytest.mark.gpu
+def test_gpus_generate_from_packed_weights_what_cpus_do(built):
+    params, spec, *_ = rounded("llama", built, QuantConfig(bits=4, group_size=16))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(2, 97, (2, 9)), jnp.int32)
+    (gpu,), (cpu,) = jax.devices("gpu")[:1], jax.devices("cpu")[:1]
+    there = kernels.pack(jax.device_put(params, gpu))
+    assert [leaf for leaf in jax.tree.leaves(there, is_leaf=is_packed) if isinstance(leaf, Fragments)]
+    with jax.default_device(cpu):
+        expected = generate(spec, jax.device_put(params, cpu), tokens, 20)
+    np.testing.assert_array_equal(generate(spec, there, jax.device_put(tokens, gpu), 20), expected)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from gptq_fn import ModelSpec, Quantized, QuantizedLinear, block
 from gptq_fn.model.decoder import Params, embed, unembed
+from gptq_fn_interop.params import require_unpacked
 
 try:
     from flax import nnx
@@ -31,7 +32,8 @@ class Model(nnx.Module):
     """
 
     def __init__(self, params: Params, spec: ModelSpec):
-        """The model with these parameters, which it shares where they are not quantized."""
+        """The model with these parameters, which it shares where they are not quantized. Raises ValueError if they are packed."""
+        require_unpacked(params)
         packed = jax.tree.map(lambda p: _pack(p) if isinstance(p, QuantizedLinear) else p, dict(params), is_leaf=_is_quantized)
         self.spec, self.layout, self.weights = spec, jax.tree.structure(packed), nnx.Dict()
         for path, array in _paths(packed):

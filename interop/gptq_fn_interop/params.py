@@ -1,6 +1,6 @@
 """Between checkpoint names and the pytrees of the core."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,16 +9,25 @@ import numpy as np
 
 from gptq_fn import BlockSpec, LinearSpec, ModelSpec, QuantizedLinear
 from gptq_fn.check import numbered
+from gptq_fn.model.linear import Joined, Product
 from gptq_fn_interop import fused
 from gptq_fn_interop.gptq_format import FLOATS, TENSORS, Zeros, from_tensors, require_linear, scheme_of, to_tensors
 
 Tensors = Mapping[str, np.ndarray]
 
 
-def read_params(spec: ModelSpec, tensors: Tensors, described: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The whole model, quantized linears as QuantizedLinear. `described` is the quantization config, if there is one."""
-    blocks = [read_block(spec, i, tensors, described) for i in range(len(spec.blocks))]
-    return {"top": read_top(spec, tensors, described), "blocks": blocks}
+def read_params(
+    spec: ModelSpec,
+    tensors: Tensors,
+    described: Mapping[str, Any] | None = None,
+    form: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
+    """The whole model, quantized linears as QuantizedLinear. `described` is the quantization config, if there is one.
+
+    The parameters of each block, and those outside, go through `form` as soon as they are read.
+    """
+    blocks = [form(read_block(spec, i, tensors, described)) for i in range(len(spec.blocks))]
+    return {"top": form(read_top(spec, tensors, described)), "blocks": blocks}
 
 
 def read_top(spec: ModelSpec, tensors: Tensors, described: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -46,10 +55,20 @@ def read_block(spec: ModelSpec, i: int, tensors: Tensors, described: Mapping[str
 
 
 def write_params(spec: ModelSpec, params: Mapping[str, Any], zeros: Zeros) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the whole model under their names on disk."""
+    """The tensors of the whole model under their names on disk. Raises ValueError for packed parameters."""
+    require_unpacked(params)
     yield from write_top(spec, params["top"], zeros)
     for i, p in enumerate(params["blocks"]):
         yield from write_block(spec, i, p, zeros)
+
+
+def require_unpacked(params: Mapping[str, Any]) -> None:
+    """Raise ValueError for parameters in a form that only products take."""
+    if any(isinstance(leaf, Product | Joined) for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Product | Joined))):
+        raise ValueError(
+            "These parameters are packed for products (gptq_fn.kernels.pack, load_gptq(packed=True)), but files and Flax modules are made "
+            "of codes and scales: use the parameters as they were before packing."
+        )
 
 
 def write_top(spec: ModelSpec, top: Mapping[str, Any], zeros: Zeros) -> Iterator[tuple[str, np.ndarray]]:

@@ -27,6 +27,7 @@ from gptq_fn import (
     spec_from_config,
 )
 from gptq_fn.check import Shapes
+from gptq_fn.kernels import pack_roles
 from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.gptq_format import quantization_config, unpackable, zeros_version
 from gptq_fn_interop.params import Tensors, dense_shapes, read_block, read_params, read_top, write_block, write_params, write_top
@@ -149,14 +150,17 @@ def save_gptq(
         write_json(aside / "report.json", quantized.report.as_dict())
 
 
-def load_gptq(directory: str | Path, *, spec: ModelSpec | None = None) -> tuple[dict[str, Any], ModelSpec]:
-    """(params, spec) of a quantized or float checkpoint, written here, by AutoGPTQ or by GPTQModel."""
+def load_gptq(directory: str | Path, *, spec: ModelSpec | None = None, packed: bool = False) -> tuple[dict[str, Any], ModelSpec]:
+    """(params, spec) of a quantized or float checkpoint, written here, by AutoGPTQ or by GPTQModel.
+
+    Where `packed`, each block is packed as by `gptq_fn.kernels.pack` before the next one is read: for `forward` and `generate`.
+    """
     checkpoint = Checkpoint(directory)
     spec = spec or spec_from_config(checkpoint.config)
     checkpoint = checkpoint.aligned(spec)
     if problems := check(spec, dense_shapes(checkpoint.shapes, spec, checkpoint.quantization)):
         raise ValueError(f"{directory} is not what its config says: {' '.join(problems[:5])}")
-    return read_params(spec, checkpoint, checkpoint.quantization), spec
+    return read_params(spec, checkpoint, checkpoint.quantization, pack_roles if packed else dict), spec
 
 
 def compute_dtype(stored: jnp.dtype) -> jnp.dtype:
