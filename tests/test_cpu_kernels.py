@@ -82,7 +82,7 @@ def test_the_product_is_as_accurate_as_a_dense_layers(
 @pytest.mark.parametrize("bits", BITS)
 def test_panels_are_the_weight_rounded_once(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One input at a time: the identity's product is the weight itself, over several panels."""
-    monkeypatch.setattr(vectors, "_PANEL", 96 * 64)
+    monkeypatch.setattr(vectors, "_PANEL", 96 * 64 * 4)
     scheme = Scheme(bits, 24, sym=False, desc_act=True)
     for dtype in (torch.float32, torch.bfloat16):
         prepared, weight = prepared_of(96, 224, scheme, dtype)

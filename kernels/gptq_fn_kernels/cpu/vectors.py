@@ -27,8 +27,8 @@ _BLOCK = 64
 _FEW = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 16}
 """The most rows for which panels are slower. Measured with 1,536 x 576 and 4,096 x 4,096; around the bound both take the same time."""
 
-_PANEL = 2**19
-"""Weights in a panel: about what a core's second cache holds. Larger ones are written to memory, smaller ones starve the matmul."""
+_PANEL = 2**21
+"""Bytes of a panel: what a core's second cache holds. Larger ones are written to memory, smaller ones starve the matmul."""
 
 _RUN = 32
 """Rows of words that are summed before their sum is added to the total: so rounding errors hardly grow with the inputs."""
@@ -118,7 +118,8 @@ def _multiply(x: torch.Tensor, form: tuple[np.ndarray, ...], n: int, bits: int) 
     else:
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         given, sums = x.reshape(rows, k).to(dtype), torch.empty(rows, n, dtype=dtype)
-        step = max(_PANEL // k // _BLOCK, 1)
+        panels = -(-blocks * _BLOCK * k * dtype.itemsize // _PANEL)
+        step = -(-blocks // panels)
         panel = torch.empty(k + 1, step * _BLOCK, dtype=dtype)
         written = (panel if dtype == torch.float32 else panel.view(torch.uint16)).numpy()
         for first in range(0, blocks, step):
