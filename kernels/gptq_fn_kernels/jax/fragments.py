@@ -116,9 +116,9 @@ def _by_kernel(p: Fragments, x: jax.Array) -> jax.Array:
 
 @cache
 def _gpu() -> Gpu | None:
-    """The GPU that plans are made for: JAX's first, or None."""
+    """The GPU that plans are made for: JAX's first of NVIDIA, or None."""
     try:
-        gpu: Any = jax.devices("gpu")[0]
+        gpu: Any = jax.devices("cuda")[0]
     except RuntimeError:
         return None
     # XLA launches kernels one after the other.
