@@ -1,6 +1,6 @@
 """Tokens a second of language models in 16 bits and with quantized weights, along every way there is to generate.
 
-    python examples/generation_speed.py                      # Llama-7B and Llama-3-8B shapes, which take a GPU of 24 GB
+    python examples/generation_speed.py                      # Llama-7B and Llama-3-8B shapes, on a GPU of 80 GB
     python examples/generation_speed.py --shape tiny --device cpu --max-new-tokens 16
 
 Weights are random and made on the device, since speed does not depend on them: no model is fetched. The ways:

@@ -295,7 +295,10 @@ def test_the_version_of_zero_points(dense: Path, tmp_path: Path, asked: str) -> 
     assert told["meta"]["quantizer"][0].startswith("gptq_fn")
     words = load_file(tmp_path / "model.safetensors")["model.layers.0.self_attn.q_proj.qzeros"]
     assert set(words.flatten().tolist()) == {{"gptq": 0x77777777, "gptq_v2": 0x88888888 - 2**32}[asked]}
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), before)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for linear in linears(again).values():
+        linear.backend = "reference"  # which is no part of a checkpoint
+    assert torch.equal(logits(again), before)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -93,8 +93,8 @@ def test_a_quantized_head(tmp_path: Path) -> None:
     model = load(tmp_path)
     assert_equal_logits(model, case)
     base = AutoModel.from_pretrained(tmp_path)  # has no head, and other names
-    with torch.no_grad():
-        torch.testing.assert_close(base(IDS).last_hidden_state, case.dense.model(IDS).last_hidden_state, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # the quantized layers add up in another order, so single elements may differ more than this
+        assert relative(base(IDS).last_hidden_state, case.dense.model(IDS).last_hidden_state) < 1e-6
 
 
 def test_a_quantized_head_is_not_tied(tmp_path: Path) -> None:

@@ -156,6 +156,11 @@ class GptqQuantizer(HfQuantizer):
         """Whether adapters can be trained on top; the quantized layers themselves are frozen."""
         return True
 
+    @property
+    def is_compileable(self) -> Any:
+        """Whether `generate` may compile the model when its cache is static: quantized layers have no graph breaks."""
+        return True
+
 
 def _require_known(backend: str | None) -> None:
     """Raise ValueError for a name that is no backend's. Whether one serves is known when a layer meets its activations."""

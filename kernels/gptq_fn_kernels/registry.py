@@ -9,6 +9,8 @@ import torch
 from gptq_fn_kernels import reference
 from gptq_fn_kernels.cpu import vectors
 from gptq_fn_kernels.problem import Packed, Problem, problem_of
+from gptq_fn_kernels.triton import backend as triton
+from gptq_fn_kernels.triton.weight import prepare as prepare_for_triton
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Backend:
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend("triton", triton.unsupported, prepare_for_triton, triton.matmul),
     Backend("cpu_vectors", vectors.unsupported, vectors.prepare, vectors.matmul),
     Backend("reference", reference.unsupported, reference.prepare, reference.matmul),
 )
