@@ -12,7 +12,7 @@ import torch
 from gptq_fn_kernels import Packed, dequantize, explain, problem_of
 from gptq_fn_kernels.triton import backend
 from gptq_fn_kernels.triton.layout import chunk_of, pack_words, unpack_words
-from gptq_fn_kernels.triton.plan import Gpu, plan_of
+from gptq_fn_kernels.triton.plan import Gpu, constants_of, plan_of
 from gptq_fn_kernels.triton.weight import prepare
 from gptq_writer import SCALE_DTYPES, Linear, Scheme, random_linear
 from hypothesis import given, settings
@@ -142,6 +142,9 @@ def check(packed: Packed, x: torch.Tensor, exact: torch.Tensor) -> None:
     padded[..., : x.shape[-1]] = x
     assert torch.equal(backend.matmul(padded[..., : x.shape[-1]], weight), y)
     assert torch.equal(backend.matmul(x.T.contiguous().T, weight), y)
+    found = backend.gradient(y, weight)
+    assert found.shape == x.shape
+    assert relative(found, y.double() @ dequantize(packed, torch.float64)) < tolerance
 
 
 def interpreted() -> bool:
@@ -176,7 +179,46 @@ def test_under_the_interpreter() -> None:
         text=True,
     )
     assert found.returncode == 0, found.stdout[-3000:]
-    assert found.stdout.startswith("." * 5), found.stdout
+    assert found.stdout.startswith("." * 6), found.stdout
+
+
+@pytest.mark.skipif(not interpreted(), reason="run by test_under_the_interpreter, in a process of its own")
+def test_operators_in_the_interpreter() -> None:
+    scheme = Scheme(4, 32, desc_act=True)
+    packed = packed_of(random_linear(np.random.default_rng(0), 96, 40, scheme), scheme)
+    weight, utilities = prepare(packed), ("test_schema", "test_faketensor")
+    arguments = (list(weight.parts), weight.bits, weight.group, weight.k)
+    torch.library.opcheck(torch.ops.gptq_fn.triton_multiply.default, (torch.randn(3, 96).half(), *arguments), test_utils=utilities)
+    torch.library.opcheck(torch.ops.gptq_fn.triton_gradient.default, (torch.randn(3, 40).half(), *arguments), test_utils=utilities)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "bits", "capability", "instruction"),
+    [
+        ("few_rows", "fp16", 4, 90, "mma.sync.aligned.m16n8k16"),
+        ("many_rows", "bf16", 3, 90, "wgmma.mma_async"),
+        ("many_rows", "fp16", 4, 80, "mma.sync.aligned.m16n8k16"),
+        ("dequantized", "fp32", 8, 80, "st.global"),
+        ("gathered", "fp16", 4, 75, "st.global"),
+    ],
+)
+def test_kernels_compile_for_gpus_that_are_not_here(name: str, dtype: str, bits: int, capability: int, instruction: str) -> None:
+    import triton
+    from gptq_fn_kernels.triton import kernels
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = dict.fromkeys(("x", "y", "weight"), f"*{dtype}") | {"words": "*i32", "high": "*i16", "scales": "*fp16", "gather": "*i32"}
+    blocks = {"BM": 8 if name == "few_rows" else 64, "BN": 16 if name == "few_rows" else 64, "SPLIT": 4, "STAGES": 2, "PRECISION": "ieee"}
+    given = {"zeros": None, "OVERLAP": capability >= 90, "BLOCK": 256, **blocks, **constants_of(bits, 32, dtype == "bf16")}
+    if bits != 3:
+        given["high"] = None
+    given = {argument: value for argument, value in given.items() if argument in getattr(kernels, name).arg_names}
+    arguments = getattr(kernels, name).arg_names
+    signature = {argument: "constexpr" if argument in given else pointers.get(argument, "i32") for argument in arguments}
+    source = ASTSource(getattr(kernels, name), signature, given, {})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    assert instruction in made.asm["ptx"]
 
 
 @pytest.mark.gpu

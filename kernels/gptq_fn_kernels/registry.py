@@ -24,10 +24,12 @@ class Backend:
     """packed -> form, once for a weight."""
     matmul: Callable[[torch.Tensor, Any], torch.Tensor]
     """(x [..., k], form) -> [..., n], in x's dtype; gradients are not its concern."""
+    gradient: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
+    """(grad [..., n], form) -> [..., k], what reaches x; None for the reference's, which unpacks the checkpoint's tensors."""
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("triton", triton.unsupported, prepare_for_triton, triton.matmul),
+    Backend("triton", triton.unsupported, prepare_for_triton, triton.matmul, triton.gradient),
     Backend("cpu_vectors", vectors.unsupported, vectors.prepare, vectors.matmul),
     Backend("reference", reference.unsupported, reference.prepare, reference.matmul),
 )
@@ -104,16 +106,19 @@ def matmul(x: torch.Tensor, packed: Packed, backend: str | None = None, backends
 
 
 class _Multiply(torch.autograd.Function):
-    """Any backend's matmul with the reference's gradient, which unpacks the weight anew and so keeps none alive.
+    """Any backend's matmul with its gradient, which dequantizes the weight anew and so keeps none alive.
 
     A `setup_context` would serve functorch too, but cost five times as much at each call: torch then inspects signatures.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
-        ctx.packed = prepared.packed
+        ctx.prepared = prepared
         return prepared.backend.matmul(x, prepared.form)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return reference.gradient(grad, ctx.packed), None
+        prepared = ctx.prepared
+        if prepared.backend.gradient is None:
+            return reference.gradient(grad, prepared.packed), None
+        return prepared.backend.gradient(grad, prepared.form), None

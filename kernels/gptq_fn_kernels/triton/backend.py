@@ -1,5 +1,6 @@
 """The Triton tier as a backend: its reasons, and its launches on the current stream."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from gptq_fn_kernels.problem import Problem
 from gptq_fn_kernels.triton.layout import chunk_of
 from gptq_fn_kernels.triton.plan import Gpu, Plan, constants_of, plan_of
-from gptq_fn_kernels.triton.weight import TritonWeight
+from gptq_fn_kernels.triton.weight import Parts, TritonWeight
 
 _DENSE_OUTPUTS = 64
 _BLOCK = 1024
@@ -39,95 +40,99 @@ def _too_old(dtype: torch.dtype) -> str | None:
 
 def matmul(x: torch.Tensor, weight: TritonWeight) -> torch.Tensor:
     """x [..., k] -> [..., n]. Any strides; the same input gives the same bits."""
-    call = _op if torch.compiler.is_compiling() else _multiply
+    call = _multiply_op if torch.compiler.is_compiling() else _multiply
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    w = weight
-    y = call(rows, w.words, w.high, w.zeros, w.scales, w.gather, w.bits, w.group, w.k)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], w.n)
+    y = call(rows, weight.parts, weight.bits, weight.group, weight.k)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.n)
 
 
-def _multiply(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    high: torch.Tensor | None,
-    zeros: torch.Tensor | None,
-    scales: torch.Tensor,
-    gather: torch.Tensor | None,
-    bits: int,
-    group: int,
-    k: int,
-) -> torch.Tensor:
-    m, n, width = x.shape[0], words.shape[1], words.shape[0] * chunk_of(bits)
-    if x.shape[1] != k:
-        raise ValueError(f"The activations have {x.shape[1]} features but the weight has {k} inputs.")
+def gradient(grad: torch.Tensor, weight: TritonWeight) -> torch.Tensor:
+    """grad [..., n] of a product -> grad @ weight [..., k] of its activations, in grad's dtype."""
+    call = _gradient_op if torch.compiler.is_compiling() else _gradient
+    rows = grad.reshape(-1, grad.shape[-1])
+    return call(rows, weight.parts, weight.bits, weight.group, weight.k).reshape(*grad.shape[:-1], weight.k)
+
+
+def _multiply(x: torch.Tensor, parts: Parts, bits: int, group: int, k: int) -> torch.Tensor:
+    (m, found), (chunks, n, _) = x.shape, parts[0].shape
+    if found != k:
+        raise ValueError(f"The activations have {found} features but the weight has {k} inputs.")
     y = x.new_empty((m, n))
     if m == 0:
         return y
     if x.stride(1) != 1:
         x = x.contiguous()
+    *weight, gather = parts
     constants = constants_of(bits, group, x.dtype == torch.bfloat16)
     plan = plan_of(m, n, k, bits=bits, itemsize=x.element_size(), gpu=_gpu(x.device))
     with _on(x.device):
         if gather is not None and (plan is None or plan.kernel == "many_rows"):
-            x, k = _gathered(x, gather, k), width
+            x, k = _gathered(x, gather, k), len(gather)
         if plan is None:
-            weight = x.new_empty((n, width))
-            grid = (width // chunk_of(bits), -(-n // _DENSE_OUTPUTS))
-            _kernels().dequantized[grid](words, high, zeros, scales, weight, n, width, **constants, BN=_DENSE_OUTPUTS)
-            return F.linear(x.contiguous(), weight[:, :k])
-        _launch(plan, x, gather, words, high, zeros, scales, y, m, n, k, constants)
+            return F.linear(x.contiguous(), _dequantized(x, parts, constants)[:, :k])
+        sizes = (m, n, k, chunks, x.stride(0))
+        precision = "tf32x3" if x.dtype == torch.float32 and _gpu(x.device).tensor_float else "ieee"
+        constants |= {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "PRECISION": precision}
+        constants["num_warps"] = plan.warps
+        if plan.kernel == "few_rows":
+            _kernels().few_rows[(-(-n // plan.outputs),)](x, gather, *weight, y, *sizes, **constants)
+        else:
+            _split(plan, x, weight, y, sizes, constants)
     return y
 
 
-def _launch(
-    plan: Plan,
-    x: torch.Tensor,
-    gather: torch.Tensor | None,
-    words: torch.Tensor,
-    high: torch.Tensor | None,
-    zeros: torch.Tensor | None,
-    scales: torch.Tensor,
-    y: torch.Tensor,
-    m: int,
-    n: int,
-    k: int,
-    constants: dict[str, int],
+def _split(
+    plan: Plan, x: torch.Tensor, weight: list[torch.Tensor | None], y: torch.Tensor, sizes: tuple[int, ...], constants: dict[str, Any]
 ) -> None:
-    blocks: dict[str, Any] = {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "num_warps": plan.warps}
-    blocks["PRECISION"] = "tf32x3" if x.dtype == torch.float32 and _gpu(x.device).tensor_float else "ieee"
-    sizes = (m, n, k, words.shape[0], x.stride(0))
-    if plan.kernel == "few_rows":
-        grid = (-(-n // plan.outputs),)
-        _kernels().few_rows[grid](x, gather, words, high, zeros, scales, y, *sizes, **constants, **blocks)
-        return
-    parts = y if plan.split == 1 else torch.empty((plan.split, m, n), dtype=torch.float32, device=y.device)
-    overlap = plan.split > 1 and _gpu(x.device).overlap
-    grid = (-(-m // plan.rows), -(-n // plan.outputs), plan.split)
-    _kernels().many_rows[grid](x, words, high, zeros, scales, parts, *sizes, **constants, **blocks, OVERLAP=overlap)
+    """Launch many_rows, and what adds its parts where the inputs are split."""
+    m, n, *_ = sizes
+    grid, overlap = (-(-m // plan.rows), -(-n // plan.outputs), plan.split), plan.split > 1 and _gpu(x.device).overlap
+    sums = y if plan.split == 1 else torch.empty((plan.split, m, n), dtype=torch.float32, device=y.device)
+    _kernels().many_rows[grid](x, *weight, sums, *sizes, **constants, OVERLAP=overlap)
     if plan.split > 1:
-        launch = {"launch_pdl": True} if overlap else {}
-        _kernels().add_parts[(-(-m * n // _BLOCK),)](parts, y, m * n, SPLIT=plan.split, BLOCK=_BLOCK, OVERLAP=overlap, **launch)
+        early = {"launch_pdl": True} if overlap else {}
+        _kernels().add_parts[(-(-m * n // _BLOCK),)](sums, y, m * n, SPLIT=plan.split, BLOCK=_BLOCK, OVERLAP=overlap, **early)
+
+
+def _gradient(grad: torch.Tensor, parts: Parts, bits: int, group: int, k: int) -> torch.Tensor:
+    with _on(grad.device):
+        weight = _dequantized(grad, parts, constants_of(bits, group, grad.dtype == torch.bfloat16))
+    if parts[-1] is None:
+        return grad @ weight[:, :k]
+    # Slots without an input go to a column more, which is dropped.
+    return grad.new_empty((len(grad), k + 1)).index_copy_(1, parts[-1].long(), grad @ weight)[:, :k].contiguous()
+
+
+def _dequantized(like: torch.Tensor, parts: Parts, constants: dict[str, Any]) -> torch.Tensor:
+    """The weight [n, width], of the dtype and on the device of `like`."""
+    (chunks, n, _), width = parts[0].shape, parts[0].shape[0] * chunk_of(constants["BITS"])
+    weight = like.new_empty((n, width))
+    _kernels().dequantized[(chunks, -(-n // _DENSE_OUTPUTS))](*parts[:-1], weight, n, width, **constants, BN=_DENSE_OUTPUTS)
+    return weight
 
 
 def _gathered(x: torch.Tensor, gather: torch.Tensor, k: int) -> torch.Tensor:
+    """x [m, slots], 0 in slots without an input."""
     m, width = len(x), len(gather)
     y = x.new_empty((m, width))
     _kernels().gathered[(m, -(-width // _BLOCK))](x, gather, y, m, k, width, x.stride(0), BLOCK=_BLOCK)
     return y
 
 
-def _fake(x: torch.Tensor, words: torch.Tensor, *_: Any) -> torch.Tensor:
-    return x.new_empty((x.shape[0], words.shape[1]))
-
-
 _LIBRARY = torch.library.Library("gptq_fn", "FRAGMENT")
-_LIBRARY.define(
-    "triton_multiply(Tensor x, Tensor words, Tensor? high, Tensor? zeros, Tensor scales, Tensor? gather, "
-    "int bits, int group, int k) -> Tensor"
-)
-_LIBRARY.impl("triton_multiply", _multiply, "CompositeExplicitAutograd")
-torch.library.register_fake("gptq_fn::triton_multiply", _fake, lib=_LIBRARY)
-_op = torch.ops.gptq_fn.triton_multiply.default
+
+
+def _operator(name: str, launch: Callable[..., torch.Tensor], width: Callable[[Parts, int], int]) -> Any:
+    """The operator that compilers see in place of `launch`; called eagerly it would cost some microseconds more."""
+    _LIBRARY.define(f"{name}(Tensor x, Tensor?[] parts, int bits, int group, int k) -> Tensor")
+    _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+    fake = lambda x, parts, bits, group, k: x.new_empty((x.shape[0], width(parts, k)))  # noqa: E731
+    torch.library.register_fake(f"gptq_fn::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.gptq_fn, name).default
+
+
+_multiply_op = _operator("triton_multiply", _multiply, lambda parts, k: parts[0].shape[1])
+_gradient_op = _operator("triton_gradient", _gradient, lambda parts, k: k)
 
 
 @cache

@@ -13,6 +13,10 @@ _BLOCK = 2**24
 """Codes packed at a time: their int32 take 64 MiB."""
 
 
+Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+"""words, high, zeros, scales, gather"""
+
+
 @dataclass(frozen=True, eq=False)
 class TritonWeight:
     """A weight [n, k] whose inputs are held in `width` slots, a whole number of chunks; slots without an input have weight 0."""
@@ -32,6 +36,11 @@ class TritonWeight:
     """Slots that share a scale: a power of two from 16 to a quarter of a chunk."""
     k: int
     n: int
+
+    @property
+    def parts(self) -> Parts:
+        """The tensors, in the order of the kernels' arguments."""
+        return self.words, self.high, self.zeros, self.scales, self.gather
 
     @property
     def width(self) -> int:
