@@ -8,7 +8,7 @@ from gptq_fn_interop.params import write_params
 from gptq_fn_interop.stream import load_gptq, save_gptq
 from gptq_fn_kernels.jax import Fragments, Rows, fragments, rows
 from gptq_fn_kernels.jax.slots import slots_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_families import built as built  # the fixture
 from test_flax import rounded
@@ -156,6 +156,7 @@ def is_packed(leaf: object) -> bool:
 
 
 @pytest.mark.gpu
+@settings(max_examples=15, deadline=None)
 @given(linears(), st.sampled_from([1, 3, 12, 70, 600]), st.sampled_from([jnp.float32, jnp.float16, jnp.bfloat16]))
 def test_kernels_multiply_on_gpus(q, m, dtype):
     """The leaf is laid out for the kernels, runs on both devices, and takes no other form than here."""

@@ -100,7 +100,7 @@ def _by_kernel(p: Fragments, x: jax.Array) -> jax.Array:
         numbers = {"n": n, "width": whole.shape[1], "BN": _DENSE_OUTPUTS, **constants}
         return _matmul(_slotted(p, x), launch("dequantized", weight, whole, (chunks, -(-n // _DENSE_OUTPUTS)), numbers))
     precision = "tf32x3" if x.dtype == jnp.float32 and gpu.tensor_float else "ieee"
-    blocks = {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "PRECISION": precision}
+    blocks = {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "PRECISION": precision, "OVERLAP": False}
     if plan.kernel == "few_rows":
         numbers = {"m": m, "n": n, "k": k, "chunks": chunks, "stride": k}
         inputs, y = {"x": x, "gather": p.gather, **weight}, jax.ShapeDtypeStruct((m, n), x.dtype)
@@ -109,7 +109,6 @@ def _by_kernel(p: Fragments, x: jax.Array) -> jax.Array:
     numbers = {"m": m, "n": n, "k": held.shape[1], "chunks": chunks, "stride": held.shape[1]}
     parts = jax.ShapeDtypeStruct((plan.split, m, n), x.dtype if plan.split == 1 else jnp.float32)
     grid = -(-m // plan.rows), -(-n // plan.outputs), plan.split
-    blocks |= {"OVERLAP": False}
     # XLA adds the parts in the program that uses them.
     return launch("many_rows", {"x": held, **weight}, parts, grid, numbers | constants | blocks, warps=plan.warps).sum(0).astype(x.dtype)
 
@@ -121,7 +120,7 @@ def _gpu() -> Gpu | None:
         gpu: Any = jax.devices("cuda")[0]
     except RuntimeError:
         return None
-    # XLA launches kernels one after the other.
+    # XLA launches kernels one after the other, so none overlaps the one before.
     return Gpu(gpu.core_count, gpu.shared_memory_per_block_optin, tensor_float=float(gpu.compute_capability) >= 8, overlap=False)
 
 

@@ -75,7 +75,8 @@ def _multiply(x: torch.Tensor, parts: Parts, bits: int, group: int, k: int) -> t
         constants |= {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "PRECISION": precision}
         constants["num_warps"] = plan.warps
         if plan.kernel == "few_rows":
-            _kernels().few_rows[(-(-n // plan.outputs),)](x, gather, *weight, y, *sizes, **constants)
+            overlap = _overlap(_gpu(x.device).overlap)
+            _kernels().few_rows[(-(-n // plan.outputs),)](x, gather, *weight, y, *sizes, **constants, **overlap)
         else:
             _split(plan, x, weight, y, sizes, constants)
     return y
@@ -86,12 +87,16 @@ def _split(
 ) -> None:
     """Launch many_rows, and what adds its parts where the inputs are split."""
     m, n, *_ = sizes
-    grid, overlap = (-(-m // plan.rows), -(-n // plan.outputs), plan.split), plan.split > 1 and _gpu(x.device).overlap
+    grid, early = (-(-m // plan.rows), -(-n // plan.outputs), plan.split), plan.split > 1 and _gpu(x.device).overlap
     sums = y if plan.split == 1 else torch.empty((plan.split, m, n), dtype=torch.float32, device=y.device)
-    _kernels().many_rows[grid](x, *weight, sums, *sizes, **constants, OVERLAP=overlap)
+    _kernels().many_rows[grid](x, *weight, sums, *sizes, **constants, OVERLAP=early)
     if plan.split > 1:
-        early = {"launch_pdl": True} if overlap else {}
-        _kernels().add_parts[(-(-m * n // _BLOCK),)](sums, y, m * n, SPLIT=plan.split, BLOCK=_BLOCK, OVERLAP=overlap, **early)
+        _kernels().add_parts[(-(-m * n // _BLOCK),)](sums, y, m * n, SPLIT=plan.split, BLOCK=_BLOCK, **_overlap(early))
+
+
+def _overlap(early: bool) -> dict[str, bool]:
+    """Arguments of a kernel that is launched before the one before it has ended; older GPUs' drivers must not be asked."""
+    return {"OVERLAP": True, "launch_pdl": True} if early else {"OVERLAP": False}
 
 
 def _gradient(grad: torch.Tensor, parts: Parts, bits: int, group: int, k: int) -> torch.Tensor:

@@ -71,9 +71,15 @@ def grid_of(zeros, scales, group, out, live, n, ROWS: tl.constexpr, GROUPS: tl.c
 def few_rows(
     x, gather, words, high, zeros, scales, y, m, n, k, chunks, stride, magic,
     BITS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """y [m, n] for m <= BM: each of SPLIT parts of a program's threads takes every SPLIT-th chunk, and they add up at the end."""
+    """y [m, n] for m <= BM: each of SPLIT parts of a program's threads takes every SPLIT-th chunk, and they add up at the end.
+
+    OVERLAP: launched while the kernel before still runs, for which it waits, and lets the one behind be launched likewise.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     CHUNK: tl.constexpr = 32 * FIELDS
     GROUPS: tl.constexpr = CHUNK // GROUP
     part, out, row = tl.arange(0, SPLIT), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM)
