@@ -75,7 +75,7 @@ def _multiply(x: torch.Tensor, parts: Parts, bits: int, group: int, k: int) -> t
         constants |= {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "PRECISION": precision}
         constants["num_warps"] = plan.warps
         if plan.kernel == "few_rows":
-            overlap = _overlap(_gpu(x.device).overlap)
+            overlap = _overlap(plan.overlap and _gpu(x.device).overlap)
             _kernels().few_rows[(-(-n // plan.outputs),)](x, gather, *weight, y, *sizes, **constants, **overlap)
         else:
             _split(plan, x, weight, y, sizes, constants)

@@ -37,10 +37,12 @@ class Plan:
     warps: int
     stages: int
     """Chunks of inputs under way at a time."""
+    overlap: bool = True
+    """Whether to launch it before the kernel before it has ended, on GPUs that can: that spares a launch, but costs room while both run."""
 
 
 _TABLE: tuple[tuple[int, int, Plan], ...] = (
-    (8, 16384, Plan("few_rows", rows=8, outputs=32, split=2, warps=2, stages=3)),
+    (8, 16384, Plan("few_rows", rows=8, outputs=32, split=2, warps=2, stages=3, overlap=False)),
     (8, 8192, Plan("few_rows", rows=8, outputs=32, split=4, warps=4, stages=3)),
     (8, 0, Plan("few_rows", rows=8, outputs=16, split=4, warps=4, stages=3)),
     (16, 0, Plan("many_rows", rows=16, outputs=64, split=8, warps=4, stages=4)),
