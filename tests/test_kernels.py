@@ -229,3 +229,15 @@ def test_a_partly_filled_last_word_is_accepted() -> None:
     scheme = Scheme(4, 4)
     linear = random_linear(np.random.default_rng(0), 12, 20, scheme)
     assert torch.equal(dequantize(packed_of(linear, scheme), torch.float64), torch.from_numpy(linear.weight))
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    """Adapters add to them; autograd forbids that for views which a function of its own returns."""
+    packed = packed_of(random_linear(np.random.default_rng(0), 64, 32, Scheme()), Scheme())
+    for backend in ("cpu_vectors", "reference"):
+        for shape in ((64,), (3, 64), (2, 3, 64)):
+            x = torch.ones(shape, requires_grad=True)
+            y = matmul(x, packed, backend=backend)
+            y += 1
+            y.sum().backward()
+            assert x.grad is not None

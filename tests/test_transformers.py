@@ -93,8 +93,10 @@ def test_a_quantized_head(tmp_path: Path) -> None:
     model = load(tmp_path)
     assert_equal_logits(model, case)
     base = AutoModel.from_pretrained(tmp_path)  # has no head, and other names
-    with torch.no_grad():  # the quantized layers add up in another order, so single elements may differ more than this
-        assert relative(base(IDS).last_hidden_state, case.dense.model(IDS).last_hidden_state) < 1e-6
+    with torch.no_grad():  # quantized layers add up in another order than dense ones
+        found, dense = base(IDS).last_hidden_state, case.dense.model(IDS).last_hidden_state
+        exact = case.dense.model.double()(IDS).last_hidden_state
+    assert relative(found, exact) < 2 * relative(dense, exact)
 
 
 def test_a_quantized_head_is_not_tied(tmp_path: Path) -> None:

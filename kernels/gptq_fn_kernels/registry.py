@@ -93,7 +93,8 @@ def multiply(x: torch.Tensor, prepared: Prepared) -> torch.Tensor:
     if x.shape[-1] != prepared.k:
         raise ValueError(f"The activations have {x.shape[-1]} features, in shape {tuple(x.shape)}, but the weight has {prepared.k} inputs.")
     if x.requires_grad and torch.is_grad_enabled():
-        return _Multiply.apply(x, prepared)  # type: ignore[no-any-return]
+        # Rows in and rows out: an output that is a view could not be changed in place, as some adapters do.
+        return _Multiply.apply(x.reshape(-1, prepared.k), prepared).reshape(*x.shape[:-1], prepared.packed.n)
     return prepared.backend.matmul(x, prepared.form)
 
 

@@ -127,7 +127,7 @@ def _multiply(x: torch.Tensor, form: tuple[np.ndarray, ...], n: int, bits: int) 
             columns = sums[:, first * _BLOCK : (first + step) * _BLOCK]
             torch.mm(given, panel[:-1, : columns.shape[1]], out=columns)
         y = sums.to(x.dtype)
-    return y.view(*x.shape[:-1], n)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
 # Not `torch.library.custom_op`, whose wrappers take three times as long.
