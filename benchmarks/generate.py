@@ -3,9 +3,10 @@
     python benchmarks/generate.py FLOAT QUANTIZED
 
 Claim: on two CPU cores the quantized model generates faster than the float one in transformers, with this package's layers; packed
-it takes half of the time here that it takes unpacked, though longer than the float model. Both compute in float32 and take the likeliest tokens. A step reads every weight once,
-so the float model's bytes over the memory's bandwidth, printed here, bound it. Quantized weights are packed here; "unpacked"
-is the same model as QuantizedLinears, whose blocks each step dequantizes. transformers uses the kernel chosen here.
+it takes half of the time here that it takes unpacked, though longer than the float model. All compute in float32 and take the
+likeliest tokens. A step reads every weight once, so the float model's bytes over the memory's bandwidth, printed here, bound it.
+Quantized weights are packed here; "unpacked" is the same model as QuantizedLinears, whose blocks each step dequantizes.
+transformers uses the kernel chosen here.
 """
 
 import argparse

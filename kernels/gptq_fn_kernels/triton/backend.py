@@ -159,7 +159,8 @@ def _gpu(device: torch.device) -> Gpu:
         return Gpu(processors=132, shared=2**17, tensor_float=True, overlap=False)  # Triton's interpreter
     found = torch.cuda.get_device_properties(device)
     version = found.major if torch.version.hip is None else 0
-    return Gpu(found.multi_processor_count, found.shared_memory_per_block_optin, tensor_float=version >= 8, overlap=version >= 9)
+    shared = getattr(found, "shared_memory_per_block_optin", 2**16)  # which AMD's have not
+    return Gpu(found.multi_processor_count, shared, tensor_float=version >= 8, overlap=version >= 9)
 
 
 def _on(device: torch.device) -> Any:
