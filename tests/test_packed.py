@@ -7,7 +7,7 @@ import pytest
 from gptq_fn_interop.params import write_params
 from gptq_fn_interop.stream import load_gptq, save_gptq
 from gptq_fn_kernels.jax import Fragments, Rows, fragments, rows
-from gptq_fn_kernels.jax.slots import slots_of
+from gptq_fn_kernels.slots import slots_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_families import built as built  # the fixture

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptq_fn_kernels.jax.launch import launch
-from gptq_fn_kernels.jax.slots import slots_of
+from gptq_fn_kernels.slots import slots_of
 from gptq_fn_kernels.triton.layout import SMALLEST_GROUP, chunk_of, largest_group_of, pack_words, unpack_words
 from gptq_fn_kernels.triton.plan import Gpu, constants_of, plan_of
 

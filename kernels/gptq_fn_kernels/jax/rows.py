@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptq_fn_kernels.jax.slots import slots_of
+from gptq_fn_kernels.slots import slots_of
 from gptq_fn_kernels.words import pack as pack_words
 
 STEP = 64
