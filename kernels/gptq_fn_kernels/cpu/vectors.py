@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,16 +152,8 @@ def _(
 
 
 @torch.library.register_fake("gptq_fn::cpu_vectors")
-def _(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
-    runs: torch.Tensor,
-    inputs: torch.Tensor,
-    n: int,
-    bits: int,
-) -> torch.Tensor:
+def _(x: torch.Tensor, *form: Any) -> torch.Tensor:
+    *_, n, _bits = form
     return x.new_empty(*x.shape[:-1], n)
 
 

@@ -11,10 +11,7 @@ import numpy as np
 from gptq_fn_kernels.jax.launch import launch
 from gptq_fn_kernels.slots import slots_of
 from gptq_fn_kernels.triton.layout import SMALLEST_GROUP, chunk_of, largest_group_of, pack_words, unpack_words
-from gptq_fn_kernels.triton.plan import Gpu, constants_of, plan_of
-
-_DENSE_OUTPUTS = 64
-"""Outputs that a program of the dequantizing kernel writes."""
+from gptq_fn_kernels.triton.plan import DENSE_OUTPUTS, Gpu, constants_of, plan_of
 
 
 @partial(
@@ -97,8 +94,8 @@ def _by_kernel(p: Fragments, x: jax.Array) -> jax.Array:
     plan = plan_of(m, n, k, bits=p.bits, itemsize=x.dtype.itemsize, gpu=gpu)
     if plan is None:
         whole = jax.ShapeDtypeStruct((n, chunks * chunk_of(p.bits)), x.dtype)
-        numbers = {"n": n, "width": whole.shape[1], "BN": _DENSE_OUTPUTS, **constants}
-        return _matmul(_slotted(p, x), launch("dequantized", weight, whole, (chunks, -(-n // _DENSE_OUTPUTS)), numbers))
+        numbers = {"n": n, "width": whole.shape[1], "BN": DENSE_OUTPUTS, **constants}
+        return _matmul(_slotted(p, x), launch("dequantized", weight, whole, (chunks, -(-n // DENSE_OUTPUTS)), numbers))
     precision = "tf32x3" if x.dtype == jnp.float32 and gpu.tensor_float else "ieee"
     blocks = {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "PRECISION": precision, "OVERLAP": False}
     if plan.kernel == "few_rows":

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 
 from gptq_fn_kernels.problem import Problem
 from gptq_fn_kernels.triton.layout import chunk_of
-from gptq_fn_kernels.triton.plan import Gpu, Plan, constants_of, plan_of
+from gptq_fn_kernels.triton.plan import DENSE_OUTPUTS, Gpu, Plan, constants_of, plan_of
 from gptq_fn_kernels.triton.weight import Parts, TritonWeight
 
-_DENSE_OUTPUTS = 64
 _BLOCK = 1024
+"""Elements that a program of the small kernels writes."""
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -112,7 +113,7 @@ def _dequantized(like: torch.Tensor, parts: Parts, constants: dict[str, Any]) ->
     """The weight [n, width], of the dtype and on the device of `like`."""
     (chunks, n, _), width = parts[0].shape, parts[0].shape[0] * chunk_of(constants["BITS"])
     weight = like.new_empty((n, width))
-    _kernels().dequantized[(chunks, -(-n // _DENSE_OUTPUTS))](*parts[:-1], weight, n, width, **constants, BN=_DENSE_OUTPUTS)
+    _kernels().dequantized[(chunks, -(-n // DENSE_OUTPUTS))](*parts[:-1], weight, n, width, **constants, BN=DENSE_OUTPUTS)
     return weight
 
 
@@ -131,7 +132,10 @@ def _operator(name: str, launch: Callable[..., torch.Tensor], width: Callable[[P
     """The operator that compilers see in place of `launch`; called eagerly it would cost some microseconds more."""
     _LIBRARY.define(f"{name}(Tensor x, Tensor?[] parts, int bits, int group, int k) -> Tensor")
     _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
-    fake = lambda x, parts, bits, group, k: x.new_empty((x.shape[0], width(parts, k)))  # noqa: E731
+
+    def fake(x: torch.Tensor, parts: Parts, bits: int, group: int, k: int) -> torch.Tensor:
+        return x.new_empty((x.shape[0], width(parts, k)))
+
     torch.library.register_fake(f"gptq_fn::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.gptq_fn, name).default
 

@@ -61,6 +61,9 @@ _TABLE: tuple[tuple[int, int, Plan], ...] = (
 )
 """(at most so many rows, at least so many outputs, plan); the first that fits. many_rows splits into at most so many parts."""
 
+DENSE_OUTPUTS = 64
+"""Outputs that a program of the dequantizing kernel writes."""
+
 _WAVES = 1.25
 """Programs for each processor from which on splitting the inputs further gains nothing."""
 
