@@ -5,9 +5,10 @@ from gptq_fn._config import QuantConfig, Rule
 from gptq_fn._grid import Grid, decode, encode, find_grid
 from gptq_fn._hessian import Hessian, add_rows, empty, merge
 from gptq_fn._linears import quantize_linears
-from gptq_fn._quantize import Quantized, head_plan, quantize, quantize_block, quantize_blocks, quantize_head
+from gptq_fn._quantize import Quantized, head_plan, quantize, quantize_block, quantize_blocks, quantize_head, run_block
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
+from gptq_fn._runtime import ON_DEVICE, ON_HOST, Runtime, Store
 from gptq_fn._solve import Factor, factor, round_to_nearest, solve
 from gptq_fn.check import check
 from gptq_fn.families import FAMILIES, spec_from_config
@@ -38,6 +39,8 @@ from gptq_fn.spec import (
 
 __all__ = [
     "FAMILIES",
+    "ON_DEVICE",
+    "ON_HOST",
     "AlibiSpec",
     "AttentionSpec",
     "Batch",
@@ -66,7 +69,9 @@ __all__ = [
     "RopeScaling",
     "RopeSpec",
     "Rule",
+    "Runtime",
     "Samples",
+    "Store",
     "YarnScaling",
     "add_rows",
     "block",
@@ -88,6 +93,7 @@ __all__ = [
     "quantize_head",
     "quantize_linears",
     "round_to_nearest",
+    "run_block",
     "solve",
     "spec_from_config",
 ]

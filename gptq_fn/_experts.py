@@ -15,8 +15,9 @@ from gptq_fn._hessian import Hessian, add_rows, empty
 from gptq_fn._linears import Solved, alike, report_of, require_sound, solve_together
 from gptq_fn._quantized import QuantizedLinear
 from gptq_fn._report import LinearReport
+from gptq_fn._runtime import Runtime
 from gptq_fn._solve import Factor
-from gptq_fn.model.block import BlockParams, State
+from gptq_fn.model.block import BlockParams
 from gptq_fn.model.ffn import expand
 from gptq_fn.model.moe import Route, expert_params
 from gptq_fn.spec import MoeSpec, Tap
@@ -29,14 +30,16 @@ def quantize_experts(
     spec: MoeSpec,
     p: BlockParams,
     tap: Tap,
-    states: Sequence[State],
+    states: Sequence[Any],
     keeps: Sequence[Bool[Array, "_ _"]],
     plan: Mapping[str, QuantConfig],
     names: Mapping[str, str],
+    runtime: Runtime,
 ) -> Iterator[tuple[str, QuantizedLinear, tuple[LinearReport, ...]]]:
     """Each role of `plan`, which read `tap`, quantized with a leading axis of experts, and the report of every expert.
 
-    `keeps` tell which tokens of each state count; `names` maps roles to names with "{n}" for the number of the expert.
+    `states` wait in the runtime's store, `keeps` tell which tokens of each count; `names` maps roles to names with "{n}" for
+    the number of the expert.
     An expert that fewer tokens than the configuration's min_rows reach is rounded to nearest. Raises ValueError as
     `quantize_linears` does.
     """
@@ -46,7 +49,7 @@ def quantize_experts(
     found: dict[str, list[tuple[QuantizedLinear, list[LinearReport]]]] = {role: [] for role in plan}
     seen = next(iter(plan.values())).experts
     for first in range(0, spec.experts, chunk):
-        h = _gather(spec, p, tap, states, keeps, first, chunk, everything=seen == "all")
+        h = _gather(spec, p, tap, states, keeps, inputs, first, chunk, runtime, everything=seen == "all")
         for config, roles in alike(plan).items():
             for role, q, reports in _solve_chunk(p, roles, first, chunk, h, config, names):
                 found[role].append((q, reports))
@@ -59,19 +62,21 @@ def _gather(
     spec: MoeSpec,
     p: BlockParams,
     tap: Tap,
-    states: Sequence[State],
+    states: Sequence[Any],
     keeps: Sequence[Bool[Array, "_ _"]],
+    inputs: int,
     first: int,
     chunk: int,
+    runtime: Runtime,
     *,
     everything: bool,
 ) -> Hessian:
     """The Hessians of `chunk` experts, with a leading axis, from the tokens routed to each or from all."""
     mine = jax.tree.map(lambda a: a[first : first + chunk], expert_params(p))
     inner = tap == "expert_down_in"
-    width = mine["down"]["weight"].shape[-1] if inner else states[0].taps["mlp_in"].shape[-1]
-    h = jax.tree.map(lambda a: jnp.repeat(a[None], chunk, 0), empty(width))
-    for state, keep in zip(states, keeps, strict=True):
+    h = jax.tree.map(lambda a: jnp.repeat(a[None], chunk, 0), empty(inputs))
+    for waiting, keep in zip(states, keeps, strict=True):
+        state = runtime.store.get(waiting)
         x = state.held["experts_in"] if inner else state.taps["mlp_in"]
         h = _add(spec, h, mine, x, keep, Route(*state.held["route"]), jnp.asarray(first), inner=inner, everything=everything)
     return h

@@ -1,7 +1,7 @@
 """Quantizing a model block by block: each block sees its inputs as the quantized blocks before it make them."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,9 +18,15 @@ from gptq_fn._hessian import Hessian, add_rows, empty
 from gptq_fn._linears import quantize_linears
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
+from gptq_fn._runtime import Runtime
 from gptq_fn.model.block import BlockParams, State, advance, enter
 from gptq_fn.model.decoder import Params, head_input
 from gptq_fn.spec import STOP_OF, BlockSpec, ModelSpec, MoeSpec, Stop, Tap
+
+AHEAD = 2
+"""Batches that may be under way on a device at once."""
+
+EXPERT_TAPS = ("expert_in", "expert_down_in")
 
 
 class Quantized(NamedTuple):
@@ -31,26 +37,34 @@ class Quantized(NamedTuple):
     report: Report
 
 
-def quantize(params: Params, spec: ModelSpec, calib: Samples, config: QuantConfig | None = None) -> Quantized:
+def quantize(
+    params: Params, spec: ModelSpec, calib: Samples, config: QuantConfig | None = None, *, runtime: Runtime | None = None
+) -> Quantized:
     """GPTQ on a whole model in memory.
 
     `params` is {"top": {role: {"weight", "bias"}}, "blocks": [{role: {"weight", "bias"}}]} with weights [out, in], those
     of experts [experts, out, in]; `calib` holds token ids [samples, time], or samples of any lengths. Computation runs
-    in the dtype of the embedding. Raises ValueError where weights or activations are not finite, and for rules that cannot be followed.
+    in the dtype of the embedding, with the means that `runtime` names. Raises ValueError where weights or activations are
+    not finite, and for rules that cannot be followed.
     """
-    config = config or QuantConfig()
+    config, runtime = config or QuantConfig(), runtime or Runtime()
     head_plan(spec, config)
-    batches, blocks, reports = embed_batches(spec, params["top"], calib), [], []
-    for p, found, after in quantize_blocks(spec, params["blocks"], batches, config):
+    batches, blocks, reports = embed_batches(spec, params["top"], calib, runtime), [], []
+    for p, found, after in quantize_blocks(spec, params["blocks"], batches, config, runtime=runtime):
         batches = after
         blocks.append(p)
         reports.extend(found)
-    spec, top, found = quantize_head(spec, params["top"], batches, config)
+    spec, top, found = quantize_head(spec, params["top"], batches, config, runtime=runtime)
     return Quantized({"top": top, "blocks": blocks}, spec, Report(config, (*reports, *found)))
 
 
 def quantize_blocks(
-    spec: ModelSpec, blocks: Iterable[BlockParams], batches: Sequence[Batch], config: QuantConfig
+    spec: ModelSpec,
+    blocks: Iterable[BlockParams],
+    batches: Sequence[Batch],
+    config: QuantConfig,
+    *,
+    runtime: Runtime | None = None,
 ) -> Iterator[tuple[BlockParams, tuple[LinearReport, ...], Sequence[Batch]]]:
     """Each block of `blocks` quantized, its reports, and what leaves it, in order; one block at a time is asked for.
 
@@ -58,7 +72,9 @@ def quantize_blocks(
     """
     for i, (block_spec, p) in enumerate(zip(spec.blocks, blocks, strict=True)):
         names = {linear.role: spec.name_of(i, linear) for linear in block_spec.linears}
-        quantized, reports, batches = quantize_block(block_spec, p, batches, _plan(spec, i, config), names, sequential=config.sequential)
+        quantized, reports, batches = quantize_block(
+            block_spec, p, batches, _plan(spec, i, config), names, sequential=config.sequential, runtime=runtime
+        )
         yield quantized, reports, batches
 
 
@@ -90,7 +106,7 @@ def head_plan(spec: ModelSpec, config: QuantConfig) -> QuantConfig | None:
 
 
 def quantize_head(
-    spec: ModelSpec, top: Mapping[str, Any], batches: Sequence[Batch], config: QuantConfig
+    spec: ModelSpec, top: Mapping[str, Any], batches: Sequence[Batch], config: QuantConfig, *, runtime: Runtime | None = None
 ) -> tuple[ModelSpec, Mapping[str, Any], tuple[LinearReport, ...]]:
     """The spec and the parameters outside the blocks, with the head quantized where a rule asks for it.
 
@@ -99,10 +115,16 @@ def quantize_head(
     plan, name = head_plan(spec, config), dict(spec.tensors).get("head")
     if plan is None or name is None:
         return spec, top, ()
-    shell = replace(spec, blocks=())
-    states = [State(batch.x, {"head_in": _head_input(shell, top, batch.x)}, {}) for batch in batches]
+    runtime, shell = runtime or Runtime(), replace(spec, blocks=())
     leaf = top["embed"] if spec.tied else top["head"]
-    ((_, head, report),) = quantize_linears({name: leaf}, _gather(states, batches, "head_in", name), {name: plan})
+    passing = replace(runtime, store=runtime.store._replace(put=lambda _: ()))
+
+    def enter(x: Array) -> State:
+        return State(x, {"head_in": _head_input(shell, top, x)}, {})
+
+    h = _pass(enter, [batch.x for batch in batches], batches, {"head_in": name}, passing)[1]["head_in"]
+    runtime.observe((name,), h)
+    ((_, head, report),) = quantize_linears({name: leaf}, h, {name: plan})
     return _untied(spec), {**top, "head": head}, (report,)
 
 
@@ -125,57 +147,118 @@ def quantize_block(
     names: Mapping[str, str],
     *,
     sequential: bool = True,
+    runtime: Runtime | None = None,
 ) -> tuple[BlockParams, tuple[LinearReport, ...], list[Batch]]:
     """The block with the roles of `plan` quantized, their reports, and what leaves the quantized block.
 
     Where `sequential`, the linears at a tap are solved before the next tap is computed; else all taps are computed from
     the float block. `names` maps roles to the names that reports use, with "{n}" for the number of an expert.
     """
+    runtime = runtime or Runtime()
+    dtype = runtime.store.get(batches[0].x).dtype
     running, result, reports = dict(p), dict(p), []
-    states = [_enter(spec, p, batch.x) for batch in batches]
-    for stop in spec.stops:
+    states, hessians = _pass(partial(_enter, spec, p), [batch.x for batch in batches], batches, _linears_at(spec, 0, plan, names), runtime)
+    for at, stop in enumerate(spec.stops):
         for tap, roles in spec.stages:
             mine = {role: plan[role] for role in roles if role in plan}
             if STOP_OF[tap] == stop and mine:
-                for role, q, found in _quantize_tap(spec, running, tap, states, batches, mine, names):
+                for role, q, found in _quantize_tap(spec, running, tap, states, hessians, batches, mine, names, runtime):
                     result[role] = q
                     reports.extend(found)
         if sequential:
-            running.update({role: _dequantized(q) for role, q in result.items() if isinstance(q, QuantizedLinear)})
-        _advance_all(spec, running, states, stop)
+            running.update({role: _dequantized(q, dtype) for role, q in result.items() if isinstance(q, QuantizedLinear)})
+        states, hessians = _pass(_onward(spec, running, stop), states, batches, _linears_at(spec, at + 1, plan, names), runtime)
     if not sequential:
-        states = [_enter(spec, result, batch.x) for batch in batches]
+        return result, tuple(reports), run_block(spec, result, batches, runtime=runtime)
+    return result, tuple(reports), [batch._replace(x=x) for batch, x in zip(batches, states, strict=True)]
+
+
+def run_block(spec: BlockSpec, p: BlockParams, batches: Sequence[Batch], *, runtime: Runtime | None = None) -> list[Batch]:
+    """What leaves a block that is quantized already, to the last bit what `quantize_block` left."""
+    runtime = runtime or Runtime()
+    dtype = runtime.store.get(batches[0].x).dtype
+    p = {role: _dequantized(leaf, dtype) if isinstance(leaf, QuantizedLinear) else leaf for role, leaf in p.items()}
+
+    def through(x: Array) -> Array:
+        state = _enter(spec, p, x)
         for stop in spec.stops:
-            _advance_all(spec, result, states, stop)
-    return result, tuple(reports), [batch._replace(x=state.x) for batch, state in zip(batches, states, strict=True)]
+            state = _onward(spec, p, stop)(state)
+        return state
+
+    left, _ = _pass(through, [batch.x for batch in batches], batches, {}, runtime)
+    return [batch._replace(x=x) for batch, x in zip(batches, left, strict=True)]
+
+
+def _onward(spec: BlockSpec, p: BlockParams, stop: Stop) -> Callable[[State], Any]:
+    """From a state at `stop` to the next one, or to what leaves the block."""
+    if stop == spec.stops[-1]:
+        return lambda state: _advance(spec, p, state, stop).x
+    return lambda state: _advance(spec, p, state, stop)
+
+
+def _linears_at(spec: BlockSpec, at: int, plan: Mapping[str, QuantConfig], names: Mapping[str, str]) -> dict[Tap, str]:
+    """The taps of the stop of this number that linears of `plan` read, experts aside, each with the name of one of them."""
+    return {
+        tap: next(names[role] for role in roles if role in plan)
+        for tap, roles in spec.stages
+        if STOP_OF[tap] in spec.stops[at : at + 1] and tap not in EXPERT_TAPS and any(role in plan for role in roles)
+    }
+
+
+def _pass(
+    step: Callable[[Any], Any], waiting: list[Any], batches: Sequence[Batch], taps: Mapping[Any, str], runtime: Runtime
+) -> tuple[list[Any], dict[Any, Hessian]]:
+    """What `step` makes of all that waited, in the runtime's store, and the Hessian of what then enters each of `taps`.
+
+    `taps` tell the name of a linear that reads each. Raises ValueError naming the first sample that is not finite.
+    """
+    found: dict[Any, Hessian] = {}
+    finite: dict[Any, list[Array]] = {tap: [] for tap in taps}
+    for i, batch in enumerate(batches):
+        state = step(runtime.store.get(waiting[i]))
+        for tap in taps:
+            h = found[tap] if tap in found else empty(state.taps[tap].shape[-1])
+            found[tap], fine = _add(h, state.taps[tap], batch.keep)
+            finite[tap].append(fine)
+        waiting[i] = runtime.store.put(state)
+        if i >= AHEAD:
+            jax.block_until_ready(waiting[i - AHEAD])  # else what waits elsewhere would all be fetched at once
+    for tap, name in taps.items():
+        _require_finite(name, batches, finite[tap])
+    return waiting, found
 
 
 def _quantize_tap(
     spec: BlockSpec,
     p: BlockParams,
     tap: Tap,
-    states: Sequence[State],
+    states: Sequence[Any],
+    hessians: Mapping[Tap, Hessian],
     batches: Sequence[Batch],
     plan: Mapping[str, QuantConfig],
     names: Mapping[str, str],
+    runtime: Runtime,
 ) -> Iterator[tuple[str, QuantizedLinear, tuple[LinearReport, ...]]]:
     """The roles of `plan`, which read `tap`, quantized, with their reports."""
-    if tap in ("expert_in", "expert_down_in"):
+    if tap in EXPERT_TAPS:
         assert isinstance(spec.ffn, MoeSpec)
-        yield from quantize_experts(spec.ffn, p, tap, states, [batch.keep for batch in batches], plan, names)
+        yield from quantize_experts(spec.ffn, p, tap, states, [batch.keep for batch in batches], plan, names, runtime)
         return
     role_of = {names[role]: role for role in plan}
-    h = _gather(states, batches, tap, next(iter(role_of)))
-    for name, q, report in quantize_linears({n: p[r] for n, r in role_of.items()}, h, {n: plan[r] for n, r in role_of.items()}):
+    runtime.observe(tuple(role_of), hessians[tap])
+    for name, q, report in quantize_linears({n: p[r] for n, r in role_of.items()}, hessians[tap], {n: plan[r] for n, r in role_of.items()}):
         yield role_of[name], q, (report,)
 
 
-def _dequantized(q: QuantizedLinear) -> dict[str, Array]:
-    weight = _dequantize(q.with_bias(None))
+def _dequantized(q: QuantizedLinear, dtype: jnp.dtype) -> dict[str, Array]:
+    """The dense linear that computes what `q` does, in the dtype of the activations."""
+    weight = _dequantize(q.with_bias(None), dtype)
     return {"weight": weight} if q.bias is None else {"weight": weight, "bias": q.bias}
 
 
-_dequantize = jax.jit(dequantize)
+@partial(jax.jit, static_argnames="dtype")
+def _dequantize(q: QuantizedLinear, dtype: jnp.dtype) -> Array:
+    return dequantize(q).astype(dtype)
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -188,12 +271,6 @@ def _advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop) -> State
     return advance(spec, p, state, stop)[0]
 
 
-def _advance_all(spec: BlockSpec, p: BlockParams, states: list[State], stop: Stop) -> None:
-    """Move every state on from `stop`, in place: only one state exists twice at a time."""
-    for i, state in enumerate(states):
-        states[i] = _advance(spec, p, state, stop)
-
-
 @partial(jax.jit, donate_argnums=0)
 def _add(
     h: Hessian, x: Float[Array, "samples time features"], keep: Bool[Array, "samples time"]
@@ -201,16 +278,11 @@ def _add(
     return add_rows(h, x, keep), (jnp.isfinite(x).all(2) | ~keep).all(1)
 
 
-def _gather(states: Sequence[State], batches: Sequence[Batch], tap: str, name: str) -> Hessian:
-    """The Hessian of what enters the linear `name`. Raises ValueError naming the first sample that is not finite."""
-    h, finite = empty(states[0].taps[tap].shape[-1]), []
-    for state, batch in zip(states, batches, strict=True):
-        h, fine = _add(h, state.taps[tap], batch.keep)
-        finite.append(fine)
+def _require_finite(name: str, batches: Sequence[Batch], finite: Sequence[Array]) -> None:
+    """Raise ValueError naming the first sample that makes the input of the linear `name` infinite or NaN."""
     bad = [n for batch, fine in zip(batches, finite, strict=True) for n, ok in zip(batch.samples, np.asarray(fine), strict=False) if not ok]
     if bad:
         raise ValueError(
             f"{name}: calibration sample {min(bad)} makes its input infinite or NaN. "
             "Check the sample and the model's weights; a float16 model may need bfloat16 or float32."
         )
-    return h

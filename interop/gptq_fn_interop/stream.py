@@ -18,6 +18,7 @@ from gptq_fn import (
     QuantConfig,
     Quantized,
     Report,
+    Runtime,
     Samples,
     check,
     embed_batches,
@@ -61,6 +62,7 @@ def quantize_checkpoint(
     spec: ModelSpec | None = None,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    runtime: Runtime | None = None,
 ) -> Report:
     """Quantize the checkpoint in `source` and write it, in the GPTQ format, to `destination`.
 
@@ -74,7 +76,7 @@ def quantize_checkpoint(
 
     with staged(destination) as aside:
         writer = ShardWriter(aside, shard_bytes)
-        quantized, embedding, report = quantize_tensors(spec, checkpoint, calib, config, writer.add, progress)
+        quantized, embedding, report = quantize_tensors(spec, checkpoint, calib, config, writer.add, progress, runtime)
         writer.close()
         described = checkpoint.config if spec.origin is None else model_config(quantized)
         describe(aside, described, embedding, report)
@@ -90,6 +92,7 @@ def quantize_tensors(
     config: QuantConfig,
     add: Callable[[str, np.ndarray], None],
     progress: Progress | None,
+    runtime: Runtime | None = None,
 ) -> tuple[ModelSpec, np.dtype, Report]:
     """Quantize a model, of which `tensors` are read block by block, and `add` each tensor of the quantized one.
 
@@ -98,17 +101,17 @@ def quantize_tensors(
     # On CPUs, XLA's Cholesky runs in SciPy's BLAS, whose threads spin while XLA's own are at work: one is faster.
     with threadpool_limits(1, "blas"):
         top = read_top(spec, tensors)
-        batches = [batch._replace(x=batch.x.astype(compute_dtype(batch.x.dtype))) for batch in embed_batches(spec, top, calib)]
+        batches = embed_batches(spec, top, calib, runtime, compute_dtype(jnp.dtype(top["embed"]["weight"].dtype)))
         zeros, reports = zeros_version(config), []
         blocks = (read_block(spec, i, tensors) for i in range(len(spec.blocks)))
-        for i, (p, found, after) in enumerate(quantize_blocks(spec, blocks, batches, config)):
+        for i, (p, found, after) in enumerate(quantize_blocks(spec, blocks, batches, config, runtime=runtime)):
             batches = after
             for name, array in write_block(spec, i, p, zeros):
                 add(name, array)
             reports.extend(found)
             if progress:
                 progress(i + 1, len(spec.blocks), found)
-        spec, top, found = quantize_head(spec, top, batches, config)
+        spec, top, found = quantize_head(spec, top, batches, config, runtime=runtime)
         for name, array in write_top(spec, top, zeros):
             add(name, array)
     return spec, top["embed"]["weight"].dtype, Report(config, (*reports, *found))

@@ -1,0 +1,62 @@
+"""With what a model is quantized: what changes the time and memory of a run and, beyond float rounding, not its result."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from gptq_fn._hessian import Hessian
+
+
+class Store(NamedTuple):
+    """Where activations wait between the steps of a block: `get(put(arrays))` are the arrays, on the devices they came from."""
+
+    put: Callable[[Any], Any]
+    get: Callable[[Any], Any]
+
+
+def _as_it_is(arrays: Any) -> Any:
+    return arrays
+
+
+ON_DEVICE = Store(_as_it_is, _as_it_is)
+"""Activations stay where they are computed."""
+
+
+def _moved(kind: str, arrays: Any) -> Any:
+    return jax.tree.map(lambda a: jax.device_put(a, a.sharding.with_memory_kind(kind)), arrays)
+
+
+def _to_host(arrays: Any) -> Any:
+    return _moved("pinned_host", arrays)
+
+
+def _to_device(arrays: Any) -> Any:
+    return _moved("device", arrays)
+
+
+ON_HOST = Store(_to_host, _to_device)
+"""Activations wait in pinned memory of the host, which a device reads and writes directly."""
+
+
+def _ignore(names: Sequence[str], hessian: Hessian) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The means of a run. Hashable: parts of it are keys of compiled programs."""
+
+    store: Store = ON_DEVICE
+    """Where activations wait between the steps of a block."""
+    observe: Callable[[Sequence[str], Hessian], None] = _ignore
+    """Called with every Hessian and the names of the linears that are solved from it, before they are."""
+    tokens_per_call: int | None = None
+    """Calibration tokens that pass through a block at once; None means 512 on CPUs, where those of few stay in cache, and 8192
+    elsewhere. A sample is never cut."""
+
+    @property
+    def tokens(self) -> int:
+        """How many calibration tokens pass through a block at once."""
+        return self.tokens_per_call or (512 if jax.default_backend() == "cpu" else 8192)
