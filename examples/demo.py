@@ -14,7 +14,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))
 import smollm2
 from gptq_fn_interop.calib import tokens
-from gptq_fn_interop.cli import progress
+from gptq_fn_interop.console import progress
 from gptq_fn_interop.evaluation import evaluate
 from gptq_fn_interop.hub import local
 from gptq_fn_interop.stream import load_gptq, quantize_checkpoint

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import smollm2
 from demo import fresh
 from gptq_fn_interop.calib import tokens
-from gptq_fn_interop.cli import progress
+from gptq_fn_interop.console import progress
 from gptq_fn_interop.stream import quantize_checkpoint
 
 import gptq_fn.interop  # noqa: F401 - lets transformers read GPTQ checkpoints

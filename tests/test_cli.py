@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from gptq_fn_interop.cli import main, parse_rule
+from gptq_fn_interop.cli import main
+from gptq_fn_interop.cli_quantize import parse_rule
 from gptq_fn_kernels import Problem, choose, explain
 from safetensors import safe_open
 from tiny import save_tiny_llama

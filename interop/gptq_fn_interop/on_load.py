@@ -94,7 +94,7 @@ def _shown() -> Iterator[Progress | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    from gptq_fn_interop.cli import progress
+    from gptq_fn_interop.console import progress
 
     with progress("Quantizing blocks") as advance:
         yield lambda done, total, _: advance(done, total)

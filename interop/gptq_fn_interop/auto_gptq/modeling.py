@@ -16,7 +16,7 @@ from gptq_fn import QuantConfig, Report
 from gptq_fn_interop.auto_gptq import files
 from gptq_fn_interop.auto_gptq.config import BaseQuantizeConfig
 from gptq_fn_interop.auto_gptq.examples import samples
-from gptq_fn_interop.cli import progress
+from gptq_fn_interop.console import progress
 from gptq_fn_interop.hub import local
 from gptq_fn_interop.in_memory import quantize_model, together
 from gptq_fn_interop.stream import Progress
