@@ -50,6 +50,8 @@ def quantize_experts(
     seen = next(iter(plan.values())).experts
     for first in range(0, spec.experts, chunk):
         h = _gather(spec, p, tap, states, keeps, inputs, first, chunk, runtime, everything=seen == "all")
+        for n in range(chunk):
+            runtime.observe(tuple(names[role].format(n=first + n) for role in plan), _expert(n, h))
         for config, roles in alike(plan).items():
             for role, q, reports in _solve_chunk(p, roles, first, chunk, h, config, names):
                 found[role].append((q, reports))

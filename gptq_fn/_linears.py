@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,14 +19,19 @@ from gptq_fn._solve import Factor, factor, round_to_nearest, solve
 
 
 def quantize_linears(
-    linears: Mapping[str, Mapping[str, Any]], h: Hessian, plan: Mapping[str, QuantConfig]
+    linears: Mapping[str, Mapping[str, Any]],
+    h: Hessian,
+    plan: Mapping[str, QuantConfig],
+    *,
+    factor: Callable[[Hessian, QuantConfig], Factor] = factor,
 ) -> Iterator[tuple[str, QuantizedLinear, LinearReport]]:
     """Each of these linears quantized, with its report; `h` is the Hessian of the input that they share.
 
     `linears` maps names to {"weight": [out, in], "bias": [out]}, the bias optional, and `plan` the same names to
     configurations. Linears of one configuration are solved together, as rows of one matrix; those that fewer tokens than
-    its min_rows reached are rounded to nearest. Raises ValueError naming the linear for weights that are not finite or
-    too large, that have another width than `h`, and for a Hessian that cannot be factorized.
+    its min_rows reached are rounded to nearest. Who has factors already passes a `factor` that returns them. Raises
+    ValueError naming the linear for weights that are not finite or too large, that have another width than `h`, and for a
+    Hessian that cannot be factorized.
     """
     rows = int(h.rows)
     for config, together in alike(plan).items():
@@ -37,7 +42,7 @@ def quantize_linears(
                 f"{together[0]}: its weight has {weights[0].shape[1]} inputs but {len(h.xx)} features enter it. "
                 "Weights are [out, in]; a Conv1D checkpoint needs stored='in_out' in its LinearSpec."
             )
-        f, solved = solve_together(weights, h, config)
+        f, solved = solve_together(weights, h, config, factor)
         for name, one in zip(together, solved, strict=True):
             require_sound(name, one.sound)
         seconds, whole = time.perf_counter() - began, sum(len(w) for w in weights)
@@ -79,7 +84,9 @@ class Solved(NamedTuple):
     sound: Sound
 
 
-def solve_together(weights: Sequence[Array], h: Hessian, config: QuantConfig) -> tuple[Factor, list[Solved]]:
+def solve_together(
+    weights: Sequence[Array], h: Hessian, config: QuantConfig, factor: Callable[[Hessian, QuantConfig], Factor] = factor
+) -> tuple[Factor, list[Solved]]:
     """The factor of `h`, and each weight [out, in] that reads its input quantized, as rows of one matrix."""
     f = factor(h, config)
     return f, _solve(tuple(weights), f, h, config)
@@ -124,6 +131,7 @@ def report_of(name: str, config: QuantConfig, shape: tuple[int, int], losses: Lo
         dead=int(np.count_nonzero(f.dead)),
         error=_relative(lost, whole),
         rtn_error=_relative(rounding, whole),
+        energy=whole,
         damp=float(f.damp),
         seconds=seconds,
         rounded=rows < config.min_rows,

@@ -1,5 +1,6 @@
 """What happened to each linear layer: plain data."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,12 +24,19 @@ class LinearReport:
     error: float
     rtn_error: float
     """The error that rounding to nearest would have made."""
+    energy: float
+    """||W X||^2 over the calibration inputs."""
     damp: float
     """The damping that the factorization needed, relative to the Hessian's mean diagonal."""
     seconds: float
     """Time of its factorization and solution, shared among the linears of one stage by their rows."""
     rounded: bool = False
     """Whether it was rounded to nearest, because fewer tokens than the configuration's min_rows reached it."""
+
+    @property
+    def loss(self) -> float:
+        """||(W - Q) X||^2 over the calibration inputs, which adds up over linears."""
+        return self.error**2 * self.energy
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,12 @@ class Report:
     def worst(self, n: int = 5) -> tuple[LinearReport, ...]:
         """The `n` linears with the largest errors, the worst first."""
         return tuple(sorted(self.linears, key=lambda x: -x.error)[:n])
+
+    @property
+    def error(self) -> float:
+        """||(W - Q) X|| / ||W X|| over all linears together."""
+        energy = sum(x.energy for x in self.linears)
+        return math.sqrt(sum(x.loss for x in self.linears) / energy) if energy else 0.0
 
     @property
     def bits_per_weight(self) -> float:
