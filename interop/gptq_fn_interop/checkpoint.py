@@ -6,26 +6,13 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - teaches NumPy the bfloat16 that safetensors returns
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from gptq_fn.spec import ModelSpec
 from gptq_fn_interop.gptq_format import differences, require_readable
+from gptq_fn_interop.tensor_files import Entry, headers, read
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16"} | {
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-"""What safetensors calls the dtypes of NumPy and ml_dtypes."""
-
-READ = tuple(DTYPES.values())
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -49,23 +36,25 @@ class Checkpoint(Mapping[str, np.ndarray]):
         """Open the headers of the files; no tensor is read."""
         self.directory = Path(directory)
         self.config = read_json(self.directory / "config.json")
-        self._stored: dict[str, tuple[Path, str]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
+        stored: dict[str, Entry] = {}
         weight_map = self._weight_map()
         for path in self._files(weight_map):
-            for name, (shape, dtype) in headers(path).items():
-                if weight_map.get(name, path.name) == path.name:
-                    self._stored[name], self.shapes[name], self.dtypes[name] = (path, name), shape, dtype
+            stored |= {name: entry for name, entry in headers(path).items() if weight_map.get(name, path.name) == path.name}
+        self._hold(stored)
         for name, file in weight_map.items():
             if name not in self._stored:
                 raise ValueError(f"{INDEX} says that {name} is in {file}, but it is not; the checkpoint in {self.directory} is damaged.")
         self._require_plausible()
 
+    def _hold(self, stored: dict[str, Entry]) -> None:
+        self._stored = stored
+        self.shapes = {name: entry.shape for name, entry in stored.items()}
+        self.dtypes = {name: entry.dtype for name, entry in stored.items()}
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files."""
-        return tuple(dict.fromkeys(path for path, _ in self._stored.values()))
+        return tuple(dict.fromkeys(entry.path for entry in self._stored.values()))
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -117,7 +106,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         for key, kinds in KINDS.items():
             if key in self.config and (not isinstance(found := self.config[key], kinds) or isinstance(found, bool)):
                 raise ValueError(f"config.json in {self.directory} says {key} = {found!r}; that is no {key}.")
-        most = max((len(self._stored), *(size for shape in self.shapes.values() for size in shape)))
+        most = max((len(self._stored), *(size for entry in self._stored.values() for size in entry.shape)))
         for keys, limit in ((LAYERS, len(self._stored)), (EXPERTS, most)):
             for key in keys:
                 found = self.config.get(key)
@@ -134,39 +123,18 @@ class Checkpoint(Mapping[str, np.ndarray]):
         if embed in self or rest not in self:
             return self
         view = copy(self)
-        view._stored = {f"{prefix}.{name}": at for name, at in self._stored.items()}
-        view.shapes = {f"{prefix}.{name}": shape for name, shape in self.shapes.items()}
-        view.dtypes = {f"{prefix}.{name}": dtype for name, dtype in self.dtypes.items()}
+        view._hold({f"{prefix}.{name}": entry for name, entry in self._stored.items()})
         return view
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The tensor of this name; its memory is the caller's. Raises ValueError for a dtype that NumPy does not have."""
-        path, stored_name = self._stored[name]
-        if self.dtypes[name] not in READ:
-            raise ValueError(f"{name} in {path} is stored as {self.dtypes[name]}; tensors of {', '.join(READ)} can be read.")
-        with _open(path) as file:  # a file that stays open keeps every page that was read from it in memory
-            return file.get_tensor(stored_name)
+        """The tensor of this name; its memory is the caller's. Raises ValueError or OSError as `tensor_files.read` does."""
+        return read(name, self._stored[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 
     def __len__(self) -> int:
         return len(self._stored)
-
-
-def headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The shape and dtype of each tensor of a safetensors file. Raises ValueError in a sentence for one that is damaged."""
-    with _open(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        return {name: (tuple(x.get_shape()), DTYPES.get(str(x.get_dtype()), str(x.get_dtype()))) for name, x in slices.items()}
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable safetensors file: {reason}. It is damaged, or not copied completely.") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

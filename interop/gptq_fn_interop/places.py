@@ -15,8 +15,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from gptq_fn_interop.checkpoint import headers
 from gptq_fn_interop.experts import inputs_of, is_fused
+from gptq_fn_interop.tensor_files import headers
 
 
 def stored_tensors(files: Iterable[str], directory: str) -> dict[str, torch.Tensor]:
@@ -27,7 +27,7 @@ def stored_tensors(files: Iterable[str], directory: str) -> dict[str, torch.Tens
             raise ValueError(f"{path} is not a safetensors file; quantized checkpoints are read from those only.")
         if os.path.isdir(directory) and not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(directory)):
             raise ValueError(f"The index of {directory} points to {path}, which is no file of its directory; it is damaged or malicious.")
-        for name, (shape, dtype) in headers(Path(path)).items():
+        for name, (_, shape, dtype, _) in headers(Path(path)).items():
             if name.endswith((".weight", ".bias")) and "int" in dtype:
                 raise ValueError(f"{name} holds {dtype}, but floating numbers are expected; {path} is damaged or of another format.")
             kind = getattr(torch, dtype, None)  # there are more in safetensors, but none that GPTQ uses
