@@ -16,7 +16,7 @@ from gptq_fn._linears import Solved, alike, report_of, require_sound, solve_toge
 from gptq_fn._quantized import QuantizedLinear
 from gptq_fn._report import LinearReport
 from gptq_fn._runtime import Runtime
-from gptq_fn._solve import Factor
+from gptq_fn._solve import Factor, RoundBlock
 from gptq_fn.model.block import BlockParams
 from gptq_fn.model.ffn import expand
 from gptq_fn.model.moe import Route, expert_params
@@ -53,7 +53,7 @@ def quantize_experts(
         for n in range(chunk):
             runtime.observe(tuple(names[role].format(n=first + n) for role in plan), _expert(n, h))
         for config, roles in alike(plan).items():
-            for role, q, reports in _solve_chunk(p, roles, first, chunk, h, config, names):
+            for role, q, reports in _solve_chunk(p, roles, first, chunk, h, config, names, runtime):
                 found[role].append((q, reports))
     for role, chunks in found.items():
         q = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(q for q, _ in chunks))
@@ -96,12 +96,19 @@ def _add(
 
 
 def _solve_chunk(
-    p: BlockParams, roles: Sequence[str], first: int, chunk: int, h: Hessian, config: QuantConfig, names: Mapping[str, str]
+    p: BlockParams,
+    roles: Sequence[str],
+    first: int,
+    chunk: int,
+    h: Hessian,
+    config: QuantConfig,
+    names: Mapping[str, str],
+    runtime: Runtime,
 ) -> Iterator[tuple[str, QuantizedLinear, list[LinearReport]]]:
     """Each role quantized for the experts from `first` on; roles of one input are solved together, as rows of one matrix."""
     began = time.perf_counter()
     mine = {role: jax.tree.map(lambda a: a[first : first + chunk], p[role]) for role in roles}
-    f, solved = _solve([mine[role]["weight"] for role in roles], h, config)
+    f, solved = _solve([mine[role]["weight"] for role in roles], h, config, runtime.round_block)
     f, told = jax.device_get((f._replace(upper=None), [(one.losses, one.sound) for one in solved]))
     rows, seconds = np.asarray(h.rows), time.perf_counter() - began
     whole = sum(mine[role]["weight"].shape[1] for role in roles)
@@ -120,7 +127,7 @@ def _expert(n: int, stacked: Any) -> Any:
     return jax.tree.map(lambda a: a[n], stacked)
 
 
-@partial(jax.jit, static_argnames="config")
-@partial(jax.vmap, in_axes=(0, 0, None))
-def _solve(weights: Sequence[Array], h: Hessian, config: QuantConfig) -> tuple[Factor, list[Solved]]:
-    return solve_together(weights, h, config)
+@partial(jax.jit, static_argnames=("config", "round_block"))
+@partial(jax.vmap, in_axes=(0, 0, None, None))
+def _solve(weights: Sequence[Array], h: Hessian, config: QuantConfig, round_block: RoundBlock) -> tuple[Factor, list[Solved]]:
+    return solve_together(weights, h, config, round_block=round_block)

@@ -15,7 +15,8 @@ from gptq_fn._config import QuantConfig
 from gptq_fn._hessian import Hessian
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport
-from gptq_fn._solve import Factor, factor, round_to_nearest, solve
+from gptq_fn._runtime import Runtime
+from gptq_fn._solve import Factor, RoundBlock, factor, round_in_loops, round_to_nearest, solve
 
 
 def quantize_linears(
@@ -24,6 +25,7 @@ def quantize_linears(
     plan: Mapping[str, QuantConfig],
     *,
     factor: Callable[[Hessian, QuantConfig], Factor] = factor,
+    runtime: Runtime | None = None,
 ) -> Iterator[tuple[str, QuantizedLinear, LinearReport]]:
     """Each of these linears quantized, with its report; `h` is the Hessian of the input that they share.
 
@@ -33,7 +35,7 @@ def quantize_linears(
     ValueError naming the linear for weights that are not finite or too large, that have another width than `h`, and for a
     Hessian that cannot be factorized.
     """
-    rows = int(h.rows)
+    rows, runtime = int(h.rows), runtime or Runtime()
     for config, together in alike(plan).items():
         began = time.perf_counter()
         weights = [linears[name]["weight"] for name in together]
@@ -42,7 +44,7 @@ def quantize_linears(
                 f"{together[0]}: its weight has {weights[0].shape[1]} inputs but {len(h.xx)} features enter it. "
                 "Weights are [out, in]; a Conv1D checkpoint needs stored='in_out' in its LinearSpec."
             )
-        f, solved = solve_together(weights, h, config, factor)
+        f, solved = solve_together(weights, h, config, factor, runtime.round_block)
         for name, one in zip(together, solved, strict=True):
             require_sound(name, one.sound)
         seconds, whole = time.perf_counter() - began, sum(len(w) for w in weights)
@@ -85,18 +87,22 @@ class Solved(NamedTuple):
 
 
 def solve_together(
-    weights: Sequence[Array], h: Hessian, config: QuantConfig, factor: Callable[[Hessian, QuantConfig], Factor] = factor
+    weights: Sequence[Array],
+    h: Hessian,
+    config: QuantConfig,
+    factor: Callable[[Hessian, QuantConfig], Factor] = factor,
+    round_block: RoundBlock = round_in_loops,
 ) -> tuple[Factor, list[Solved]]:
     """The factor of `h`, and each weight [out, in] that reads its input quantized, as rows of one matrix."""
     f = factor(h, config)
-    return f, _solve(tuple(weights), f, h, config)
+    return f, _solve(tuple(weights), f, h, config, round_block)
 
 
-@partial(jax.jit, static_argnames="config")
-def _solve(weights: tuple[Array, ...], f: Factor, h: Hessian, config: QuantConfig) -> list[Solved]:
+@partial(jax.jit, static_argnames=("config", "round_block"))
+def _solve(weights: tuple[Array, ...], f: Factor, h: Hessian, config: QuantConfig, round_block: RoundBlock) -> list[Solved]:
     w = jnp.concatenate([weight.astype(jnp.float32) for weight in weights])
     rounded = round_to_nearest(w, config)
-    q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, solve(w, f, config)[0])
+    q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, solve(w, f, config, round_block)[0])
     errors = jnp.stack([w - dequantize(q), w - dequantize(rounded), w])
     energies = (jnp.matmul(errors, h.xx, precision=jax.lax.Precision.HIGHEST) * errors).sum(-1)
     found, start = [], 0

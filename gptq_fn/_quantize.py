@@ -124,7 +124,7 @@ def quantize_head(
 
     h = _pass(enter, [batch.x for batch in batches], batches, {"head_in": name}, passing)[1]["head_in"]
     runtime.observe((name,), h)
-    ((_, head, report),) = quantize_linears({name: leaf}, h, {name: plan})
+    ((_, head, report),) = quantize_linears({name: leaf}, h, {name: plan}, runtime=runtime)
     return _untied(spec), {**top, "head": head}, (report,)
 
 
@@ -246,7 +246,8 @@ def _quantize_tap(
         return
     role_of = {names[role]: role for role in plan}
     runtime.observe(tuple(role_of), hessians[tap])
-    for name, q, report in quantize_linears({n: p[r] for n, r in role_of.items()}, hessians[tap], {n: plan[r] for n, r in role_of.items()}):
+    linears, mine = {n: p[r] for n, r in role_of.items()}, {n: plan[r] for n, r in role_of.items()}
+    for name, q, report in quantize_linears(linears, hessians[tap], mine, runtime=runtime):
         yield role_of[name], q, (report,)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptq_fn._hessian import Hessian
+from gptq_fn._solve import RoundBlock, round_in_loops
 
 
 class Store(NamedTuple):
@@ -52,6 +53,8 @@ class Runtime:
     """Where activations wait between the steps of a block."""
     observe: Callable[[Sequence[str], Hessian], None] = _ignore
     """Called with every Hessian and the names of the linears that are solved from it, before they are."""
+    round_block: RoundBlock = round_in_loops
+    """Rounds a block of columns of the weights that are solved; `gptq_fn.kernels.round_block()` is this machine's fastest."""
     tokens_per_call: int | None = None
     """Calibration tokens that pass through a block at once; None means 512 on CPUs, where those of few stay in cache, and 8192
     elsewhere. A sample is never cut."""

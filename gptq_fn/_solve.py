@@ -8,11 +8,11 @@ taken when its block is entered, from weights that have every earlier update.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from gptq_fn._config import QuantConfig
 from gptq_fn._grid import SCALE_DTYPE, Grid, decode, encode, find_grid
@@ -24,7 +24,15 @@ _PANEL, _STRIP = 128, 16
 _SMALLEST_DAMP, _LARGEST_DAMP = 0.01, 1.0
 
 Find = Callable[[Float[Array, "columns out"], Int[Array, ""]], Grid]
-"""The grid of a block of weights, from these weights and the position of their first column."""
+"""The grid [1, out] of a block of weights, or the grids [columns, out] of its columns, from these weights and the position of
+their first column."""
+
+Rounded = tuple[UInt8[Array, "columns out"], Float[Array, "columns out"]]
+"""The codes of a block of columns, and their rounding errors divided by the diagonal of the factor."""
+
+RoundBlock = Callable[[Float[Array, "columns out"], Float[Array, "columns columns"], Grid, int], Rounded]
+"""Rounds a block of columns, each after it has the updates of those before it, from the weights, the factor's square on these
+columns, their grid [1, out] or grids [columns, out], and the bits. Hashable: it is part of the key of a compiled program."""
 
 
 class Factor(NamedTuple):
@@ -89,8 +97,29 @@ def _processing_order(importance: Float[Array, " in"], config: QuantConfig) -> I
     return jnp.lexsort((-importance, group, -best[group]))
 
 
-@partial(jax.jit, static_argnames="config")
-def solve(w: Float[Array, "out in"], factor: Factor, config: QuantConfig) -> tuple[QuantizedLinear, Float[Array, " out"]]:
+def round_in_loops(w: Float[Array, "columns out"], upper: Float[Array, "columns columns"], grid: Grid, bits: int) -> Rounded:
+    """The plain `RoundBlock`: column after column, in strips that fit the first level of cache."""
+
+    def visit(w: Array, upper: Array, first: Array, widths: tuple[int, ...]) -> Rounded:
+        if not widths:
+            mine = Grid(*(a[0] if len(a) == 1 else jax.lax.dynamic_index_in_dim(a, first, keepdims=False) for a in grid))
+            codes = encode(w.T, mine, bits)
+            return codes.T.astype(jnp.uint8), (w - decode(codes, mine).T) / upper
+
+        def part(mine: Array, square: Array, start: Array) -> tuple[Array, Array]:
+            codes, errors = visit(mine, square, first + start, widths[1:])
+            return errors, codes
+
+        errors, codes = _sweep(w, upper, widths[0], part)
+        return codes, errors
+
+    return visit(w, upper, jnp.asarray(0), tuple(sorted({min(_near(len(w), _STRIP), len(w)), 1}, reverse=True)))
+
+
+@partial(jax.jit, static_argnames=("config", "round_block"))
+def solve(
+    w: Float[Array, "out in"], factor: Factor, config: QuantConfig, round_block: RoundBlock = round_in_loops
+) -> tuple[QuantizedLinear, Float[Array, " out"]]:
     """The quantized weight, and for each row the objective (w - q) H (w - q)^T under the damped Hessian.
 
     The rows of `w` are independent of each other: linears that read the same input may be stacked.
@@ -104,19 +133,19 @@ def solve(w: Float[Array, "out in"], factor: Factor, config: QuantConfig) -> tup
     group = (factor.order if by_place else turn) // width  # the group of the column that is processed p-th
     if config.static_groups:
         stored = _stored_grids(w, config)
-        slot, block, find = turn, 1, partial(_look_up, stored, group)
+        slot, block, find = turn, _PANEL, partial(_look_up, stored, jnp.pad(group, (0, _round_up(n, _PANEL) - n)))
     else:
         # Blocks are of one width, so a narrower last group is filled up with empty columns where it ends.
         stored, last_end = None, jnp.max(jnp.where(group == groups - 1, turn, 0))
         slot = turn + jnp.where(turn > last_end, groups * width - n, 0)
         block, find = (width if groups > 1 else _round_up(n, _PANEL)), partial(_fit, config)
 
-    levels = _levels(block)
-    size = _round_up(n, levels[0])
+    widths = _widths(block)
+    size = _round_up(n, widths[0])
     columns = _spread(w.T[factor.order], slot, size)
     upper = _spread(_spread(factor.upper, slot, size).T, slot, size).T
     upper = upper + jnp.diag(jnp.ones(size, upper.dtype).at[slot].set(0.0))
-    codes, errors, found = _round_columns(columns, upper, find=find, block=block, levels=levels, bits=config.bits)
+    codes, errors, found = _round_columns(columns, upper, find, block, widths, round_block, config.bits)
 
     place = jnp.zeros_like(turn).at[factor.order].set(turn, unique_indices=True)  # of each stored column among the processed
     if stored is None:
@@ -144,56 +173,74 @@ def round_to_nearest(w: Float[Array, "out in"], config: QuantConfig) -> Quantize
     return QuantizedLinear(codes, grid.scale.astype(SCALE_DTYPE), grid.zero.astype(jnp.uint8), group, config.bits)
 
 
-def _look_up(stored: Grid, group: Int[Array, " in"], _: Array, first: Int[Array, ""]) -> Grid:
-    """The grid of the group to which the column at position `first` belongs."""
-    return Grid(*(jnp.take(a, group[first], axis=1) for a in stored))
+def _look_up(stored: Grid, group: Int[Array, " in"], w: Float[Array, "columns out"], first: Int[Array, ""]) -> Grid:
+    """The grids of the groups to which the columns from position `first` on belong."""
+    mine = jax.lax.dynamic_slice_in_dim(group, first, len(w))
+    return Grid(*(jnp.take(a, mine, axis=1).T for a in stored))
 
 
 def _fit(config: QuantConfig, w: Float[Array, "columns out"], _: Array) -> Grid:
     """The grid that suits these weights as they are now."""
-    return find_grid(w.T, bits=config.bits, sym=config.sym, method=config.grid)
+    return Grid(*(a[None] for a in find_grid(w.T, bits=config.bits, sym=config.sym, method=config.grid)))
 
 
 def _round_columns(
-    w: Float[Array, "columns out"], upper: Float[Array, "columns columns"], *, find: Find, block: int, levels: tuple[int, ...], bits: int
+    w: Float[Array, "columns out"],
+    upper: Float[Array, "columns columns"],
+    find: Find,
+    block: int,
+    widths: tuple[int, ...],
+    round_block: RoundBlock,
+    bits: int,
 ) -> tuple[Array, Array, Grid]:
-    """Codes [columns, out], scaled errors [columns, out] and the grid of each block [blocks, out].
+    """Codes [columns, out], scaled errors [columns, out] and the grids that `find` chose [blocks, out].
 
-    `levels` are the widths of nested blocks, each a divisor of the one before, down to 1; `block` is one of them: the
-    one at whose entry `find` chooses a grid. The program's size does not depend on the number of columns.
+    `widths` are those of nested blocks, each a divisor of the one before; `block` is one of them: the one at whose entry
+    `find` chooses a grid. Blocks of the last width are left to `round_block`. The program's size does not depend on the
+    number of columns.
     """
 
-    def visit(w: Array, upper: Array, first: Array, grid: Grid | None, levels: tuple[int, ...]) -> tuple[Array, Array, Grid | None]:
-        if not levels:
-            assert grid is not None
-            codes = encode(w.T, grid, bits)
-            return codes.T.astype(jnp.uint8), (w - decode(codes, grid).T) / upper, None
-        size, *inner = levels
+    def visit(w: Array, upper: Array, first: Array, grid: Grid | None, widths: tuple[int, ...]) -> tuple[Array, tuple[Array, Grid | None]]:
+        size, *inner = widths
 
-        def step(w: Array, start: Array) -> tuple[Array, tuple[Array, Array, Grid | None]]:
-            mine = jax.lax.dynamic_slice_in_dim(w, start, size)
-            rows = jax.lax.dynamic_slice_in_dim(upper, start, size)  # zero before the block: `upper` is triangular
-            square = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
+        def part(mine: Array, square: Array, start: Array) -> tuple[Array, tuple[Array, Grid | None]]:
             chosen = find(mine, first + start) if size == block else grid
-            codes, errors, grids = visit(mine, square, first + start, chosen, tuple(inner))
-            update = rows.T * errors if size == 1 else jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST)
-            return w - update, (codes, errors, chosen if size == block else grids)
+            if inner:
+                errors, (codes, grids) = visit(mine, square, first + start, chosen, tuple(inner))
+            else:
+                assert chosen is not None
+                (codes, errors), grids = round_block(mine, square, chosen, bits), None
+            return errors, (codes, chosen if size == block else grids)
 
-        stacked = jax.lax.scan(step, w, jnp.arange(0, len(w), size))[1]
-        codes, errors, grids = stacked
-        join = partial(jax.tree.map, lambda a: a.reshape(-1, a.shape[-1]))
-        return join(codes), join(errors), join(grids)
+        return _sweep(w, upper, size, part)
 
-    codes, errors, grids = visit(w, upper, jnp.asarray(0), None, levels)
+    errors, (codes, grids) = visit(w, upper, jnp.asarray(0), None, widths)
     assert grids is not None
     return codes, errors, grids
 
 
-def _levels(block: int) -> tuple[int, ...]:
-    """The widths of nested blocks: panel, strip and column, with `block` among them."""
+def _sweep(w: Array, upper: Array, size: int, part: Callable[[Array, Array, Array], tuple[Array, Any]]) -> tuple[Array, Any]:
+    """What `part` makes of every `size` columns of `w`, one part after the other.
+
+    `part` is called with the columns, the factor's square on them and the position of their first one, and returns their
+    scaled errors, which are then subtracted from all columns behind, and anything else.
+    """
+
+    def step(w: Array, start: Array) -> tuple[Array, tuple[Array, Any]]:
+        mine = jax.lax.dynamic_slice_in_dim(w, start, size)
+        rows = jax.lax.dynamic_slice_in_dim(upper, start, size)  # zero before the part: `upper` is triangular
+        errors, rest = part(mine, jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1), start)
+        update = rows.T * errors if size == 1 else jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST)
+        return w - update, (errors, rest)
+
+    found = jax.lax.scan(step, w, jnp.arange(0, len(w), size))[1]
+    return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), found)
+
+
+def _widths(block: int) -> tuple[int, ...]:
+    """The widths of nested blocks from the panel on, with `block` among them; the last is at most a panel."""
     panel = _near(_near(block, _STRIP) if block < _STRIP else block, _PANEL)
-    strip = _near(min(block, panel), _STRIP)
-    return tuple(sorted({panel, block, strip, 1}, reverse=True))
+    return tuple(sorted({panel, block} | ({_near(block, _STRIP)} if block < _STRIP else set()), reverse=True))
 
 
 def _near(width: int, limit: int) -> int:
