@@ -9,6 +9,7 @@ from gptq_fn_interop.evaluation import Evaluation, evaluate
 from gptq_fn_interop.hf import from_hf, to_hf
 from gptq_fn_interop.in_memory import quantize_model
 from gptq_fn_interop.inspection import inspect
+from gptq_fn_interop.kept import KeptHessians, keep_hessians, sweep
 from gptq_fn_interop.qlinear import QuantLinear
 from gptq_fn_interop.quantizer import register
 from gptq_fn_interop.stream import load_gptq, quantize_checkpoint, save_gptq
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Evaluation",
+    "KeptHessians",
     "QuantLinear",
     "Trace",
     "TracedBlock",
@@ -29,12 +31,14 @@ __all__ = [
     "from_flax",
     "from_hf",
     "inspect",
+    "keep_hessians",
     "load_gptq",
     "quantize_checkpoint",
     "quantize_model",
     "quantize_traced",
     "refusals",
     "save_gptq",
+    "sweep",
     "to_flax",
     "to_hf",
     "to_jax",

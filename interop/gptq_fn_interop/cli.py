@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 from gptq_fn import FAMILIES
 from gptq_fn_interop.cli_kernels import kernels
 from gptq_fn_interop.cli_quantize import Engine, quantize, say, torch_model
+from gptq_fn_interop.cli_sweep import sweep
 from gptq_fn_interop.console import out, problems, progress
 
 
@@ -97,7 +98,7 @@ def inspect(model: Positional[str], engine: Annotated[Engine | None, arg(name="f
     out.print(table)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"quantize": quantize, "eval": evaluate, "inspect": inspect, "kernels": kernels}
+COMMANDS: dict[str, Callable[..., None]] = {"quantize": quantize, "eval": evaluate, "inspect": inspect, "kernels": kernels, "sweep": sweep}
 
 
 def main(args: Sequence[str] | None = None) -> None:
