@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gptq_fn_interop.quantizer
@@ -15,12 +16,13 @@ from family_cases import CASES
 from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.experts import Experts
 from gptq_fn_interop.hf import from_hf, to_hf
+from gptq_fn_interop.kept import KeptHessians, keep_hessians, sweep
 from gptq_fn_interop.params import read_params
 from gptq_fn_interop.stream import load_gptq, quantize_checkpoint
 from safetensors.numpy import load_file
 from test_families import built as built  # the fixture
 
-from gptq_fn import QuantConfig, Rule, forward, quantize
+from gptq_fn import QuantConfig, Rule, Runtime, forward, quantize
 
 gptq_fn_interop.quantizer.register()
 CALIB = np.random.default_rng(0).integers(2, 97, (8, 16)).astype(np.int32)
@@ -32,8 +34,9 @@ KINDS = ("mixtral", "qwen2_moe", "gpt_oss", "granitemoe", "deepseek_v3")
 @pytest.fixture(scope="module", params=KINDS)
 def quantized(request: pytest.FixtureRequest, built: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     case = next(name for name, (kind, _) in CASES.items() if kind == request.param)
-    destination = tmp_path_factory.mktemp("experts") / "quantized"
-    quantize_checkpoint(built(case).checkpoint.directory, destination, CALIB, CONFIG)
+    source, destination = built(case).checkpoint.directory, tmp_path_factory.mktemp("experts") / "quantized"
+    with keep_hessians(source, destination.with_name("hessians")) as observe:
+        quantize_checkpoint(source, destination, CALIB, CONFIG, runtime=Runtime(observe=observe))
     return destination
 
 
@@ -55,6 +58,20 @@ def test_every_expert_has_names_of_its_own(quantized):
     assert names
     assert {name.rpartition(".")[2] for name in names} <= {"qweight", "qzeros", "scales", "g_idx", "bias"}
     assert all(name.split(".experts.")[1].split(".")[0].isdigit() for name in names)
+
+
+@pytest.mark.parametrize("quantized", ["mixtral"], indirect=True)
+def test_experts_are_solved_again_from_the_hessian_of_each(quantized, built):
+    hessians = quantized.with_name("hessians")
+    expert = "model.layers.1.block_sparse_moe.experts.7"
+    assert KeptHessians(hessians).of(f"{expert}.w1") == (f"{expert}.w1", f"{expert}.w3")
+    config = replace(CONFIG, rules=(Rule(".*self_attn"),))
+    (report,) = sweep(built("mixtral").checkpoint.directory, hessians, [config])
+    before = {x["name"]: x for x in json.loads((quantized / "report.json").read_text())["linears"]}
+    assert {x.name for x in report.linears} == {name for name in before if "experts" in name}
+    for x in report.linears:
+        assert (x.rows, x.dead, x.rounded) == tuple(before[x.name][key] for key in ("rows", "dead", "rounded"))
+        assert (x.error, x.energy) == pytest.approx((before[x.name]["error"], before[x.name]["energy"]), rel=1e-3)
 
 
 def test_transformers_saves_what_it_loaded(quantized, tmp_path):
