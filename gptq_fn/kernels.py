@@ -1,4 +1,5 @@
-"""The door to the matmuls with quantized weights: those of torch, and packed parameters for `forward` and `generate`."""
+"""The door to the kernels: matmuls of torch with quantized weights, packed parameters for `forward` and `generate`, and the
+column loop of the solver."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -8,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptq_fn._grid import Grid
 from gptq_fn._quantized import QuantizedLinear
+from gptq_fn._solve import RoundBlock, Rounded, round_in_loops
 from gptq_fn.model.linear import Joined, Linear
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ __all__ = [
     "pack",
     "pack_roles",
     "prepare",
+    "round_block",
 ]
 
 JOINED = (("q", "k", "v"), ("gate", "up"))
@@ -96,6 +100,31 @@ def _packed(q: QuantizedLinear) -> Linear | None:
         return packing.pack(q.codes, q.scale, q.zero, q.group_of, q.bits, q.bias)
     each = [_packed(jax.tree.map(lambda a: a[n], q)) for n in range(len(q.codes))]  # noqa: B023 - called at once
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) if len({jax.tree.structure(one) for one in each}) == 1 else None
+
+
+def round_block() -> RoundBlock:
+    """What rounds a block of columns fastest on JAX's default device: a Triton kernel on NVIDIA GPUs, plain loops elsewhere."""
+    if jax.default_backend() != "gpu":
+        return round_in_loops
+    from gptq_fn_kernels.jax import missing
+
+    return _round_by_kernel if missing() is None else round_in_loops
+
+
+def _round_by_kernel(w: jax.Array, upper: jax.Array, grid: Grid, bits: int) -> Rounded:
+    """`round_in_loops` by one launch, where the block fits the registers of a program and the device is NVIDIA's."""
+    from gptq_fn_kernels.jax import SMALLEST, WIDEST, round_columns
+
+    if not SMALLEST <= len(w) <= WIDEST:
+        return round_in_loops(w, upper, grid, bits)
+
+    def by_kernel(w: jax.Array, upper: jax.Array, scale: jax.Array, zero: jax.Array) -> Rounded:
+        return round_columns(w, upper, scale, zero, bits)
+
+    def in_loops(w: jax.Array, upper: jax.Array, scale: jax.Array, zero: jax.Array) -> Rounded:
+        return round_in_loops(w, upper, Grid(scale, zero), bits)
+
+    return jax.lax.platform_dependent(w, upper, *grid, cuda=by_kernel, default=in_loops)
 
 
 def __getattr__(name: str) -> Any:

@@ -4,11 +4,12 @@ import jax
 import numpy as np
 
 from gptq_fn_kernels.jax import fragments, rows
+from gptq_fn_kernels.jax.columns import SMALLEST, WIDEST, round_columns
 from gptq_fn_kernels.jax.fragments import Fragments
 from gptq_fn_kernels.jax.launch import missing
 from gptq_fn_kernels.jax.rows import Rows
 
-__all__ = ["Fragments", "Rows", "missing", "pack"]
+__all__ = ["SMALLEST", "WIDEST", "Fragments", "Rows", "missing", "pack", "round_columns"]
 
 
 def pack(

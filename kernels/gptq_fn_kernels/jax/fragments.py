@@ -95,19 +95,19 @@ def _by_kernel(p: Fragments, x: jax.Array) -> jax.Array:
     if plan is None:
         whole = jax.ShapeDtypeStruct((n, chunks * chunk_of(p.bits)), x.dtype)
         numbers = {"n": n, "width": whole.shape[1], "BN": DENSE_OUTPUTS, **constants}
-        return _matmul(_slotted(p, x), launch("dequantized", weight, whole, (chunks, -(-n // DENSE_OUTPUTS)), numbers))
+        return _matmul(_slotted(p, x), launch("kernels.dequantized", weight, [whole], (chunks, -(-n // DENSE_OUTPUTS)), numbers)[0])
     precision = "tf32x3" if x.dtype == jnp.float32 and gpu.tensor_float else "ieee"
     blocks = {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "PRECISION": precision, "OVERLAP": False}
     if plan.kernel == "few_rows":
         numbers = {"m": m, "n": n, "k": k, "chunks": chunks, "stride": k}
         inputs, y = {"x": x, "gather": p.gather, **weight}, jax.ShapeDtypeStruct((m, n), x.dtype)
-        return launch("few_rows", inputs, y, (-(-n // plan.outputs),), numbers | constants | blocks, warps=plan.warps)
+        return launch("kernels.few_rows", inputs, [y], (-(-n // plan.outputs),), numbers | constants | blocks, warps=plan.warps)[0]
     held = x if p.gather is None else _slotted(p, x)
     numbers = {"m": m, "n": n, "k": held.shape[1], "chunks": chunks, "stride": held.shape[1]}
     parts = jax.ShapeDtypeStruct((plan.split, m, n), x.dtype if plan.split == 1 else jnp.float32)
     grid = -(-m // plan.rows), -(-n // plan.outputs), plan.split
-    # XLA adds the parts in the program that uses them.
-    return launch("many_rows", {"x": held, **weight}, parts, grid, numbers | constants | blocks, warps=plan.warps).sum(0).astype(x.dtype)
+    (y,) = launch("kernels.many_rows", {"x": held, **weight}, [parts], grid, numbers | constants | blocks, warps=plan.warps)
+    return y.sum(0).astype(x.dtype)  # XLA adds the parts in the program that uses them
 
 
 @cache

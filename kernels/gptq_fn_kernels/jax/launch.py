@@ -7,6 +7,7 @@ graphs, which it does not do for the older target that jax-triton 0.3 calls.
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,63 +33,77 @@ def missing() -> str | None:
 def launch(
     kernel: str,
     inputs: Mapping[str, jax.Array | None],
-    out: jax.ShapeDtypeStruct,
+    outs: Sequence[jax.ShapeDtypeStruct],
     grid: Sequence[int],
     constants: Mapping[str, Any],
     *,
     warps: int = 4,
-) -> jax.Array:
-    """The output of the kernel of this name in `gptq_fn_kernels.triton.kernels`, on a GPU.
+) -> list[jax.Array]:
+    """The outputs, on a GPU, of the kernel of this name, module and function, in `gptq_fn_kernels.triton`.
 
-    `inputs` and `constants` are its arguments by name, the output's aside; inputs that are None are constants. Inputs
-    come in the order of its parameters, and the output after them.
+    `inputs` and `constants` are its arguments by name, the outputs aside; inputs that are None are constants. Inputs
+    come in the order of its parameters, and the outputs after them.
     """
     arrays = {name: a for name, a in inputs.items() if a is not None}
     absent = [(name, None) for name, a in inputs.items() if a is None]
     options = tuple(sorted([*constants.items(), *absent]))
-    return _launch.bind(*arrays.values(), names=tuple(arrays), kernel=kernel, out=out, grid=tuple(grid), constants=options, warps=warps)
+    return _launch.bind(
+        *arrays.values(), names=tuple(arrays), kernel=kernel, outs=tuple(outs), grid=tuple(grid), constants=options, warps=warps
+    )
 
 
 _launch = Primitive("gptq_fn_triton")
+_launch.multiple_results = True
 
 
 @_launch.def_abstract_eval
-def _shape(*_: Any, out: jax.ShapeDtypeStruct, **__: Any) -> Any:
-    return ShapedArray(out.shape, out.dtype)
+def _shapes(*_: Any, outs: Sequence[jax.ShapeDtypeStruct], **__: Any) -> Any:
+    return [ShapedArray(out.shape, out.dtype) for out in outs]
 
 
-def _lowered(ctx: Any, *arrays: Any, names: Sequence[str], kernel: str, out: Any, grid: Sequence[int], constants: Any, warps: int) -> Any:
+def _lowered(ctx: Any, *arrays: Any, names: Sequence[str], kernel: str, outs: Any, grid: Sequence[int], constants: Any, warps: int) -> Any:
     from jaxlib import gpu_triton
 
-    types = tuple(f"*{_TYPES[str(aval.dtype)]}" for aval in ctx.avals_in)
-    binary = _compiled(kernel, tuple(zip(names, types, strict=True)), f"*{_TYPES[str(out.dtype)]}", constants, warps)
-    parameters = [gpu_triton.create_array_parameter(0, 16)] * (len(arrays) + 1)
+    types = tuple(_pointer(aval.dtype) for aval in ctx.avals_in)
+    binary = _compiled(kernel, tuple(zip(names, types, strict=True)), tuple(_pointer(out.dtype) for out in outs), constants, warps)
+    parameters = [gpu_triton.create_array_parameter(0, 16)] * (len(arrays) + len(outs))
     call = gpu_triton.TritonKernelCall(binary, *grid, *[1] * (3 - len(grid)), parameters)
     opaque = zlib.compress(call.to_proto(kernel, b""))
     return jax.ffi.ffi_lowering(_TARGET, api_version=4)(ctx, *arrays, opaque=opaque)
+
+
+def _pointer(dtype: Any) -> str:
+    return f"*{_TYPES[str(dtype)]}"
 
 
 mlir.register_lowering(_launch, _lowered, platform="cuda")
 
 
 @cache
-def _compiled(kernel: str, inputs: tuple[tuple[str, str], ...], out: str, constants: tuple[tuple[str, Any], ...], warps: int) -> Any:
+def _compiled(
+    kernel: str, inputs: tuple[tuple[str, str], ...], outs: tuple[str, ...], constants: tuple[tuple[str, Any], ...], warps: int
+) -> Any:
     """The kernel for these types and constants, as jaxlib launches it."""
     import triton
     from jaxlib import gpu_triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from gptq_fn_kernels.triton import kernels
 
     capability = gpu_triton.get_compute_capability(0)
-    fn, given = getattr(kernels, kernel), dict(inputs)
-    (result,) = set(fn.arg_names) - set(given) - {name for name, _ in constants}
-    given[result] = out
-    signature = {name: given.get(name, "constexpr") for name in fn.arg_names}
-    # XLA aligns buffers to more than 16 bytes, which allows wide loads.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names) if name in given}
-    source = ASTSource(fn, signature, dict(constants), aligned)
+    source = source_of(kernel, inputs, outs, constants)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     text, shared = made.asm["ptx"], made.metadata.shared
     return gpu_triton.TritonKernel(made.metadata.name, warps, 1, shared, text, made.asm["ttir"], capability)
+
+
+def source_of(kernel: str, inputs: Sequence[tuple[str, str]], outs: Sequence[str], constants: Sequence[tuple[str, Any]]) -> Any:
+    """What Triton compiles: the kernel "module.function" for inputs and outputs of these types and for these constants."""
+    from triton.compiler import ASTSource
+
+    module, _, name = kernel.partition(".")
+    fn, given = getattr(import_module(f"gptq_fn_kernels.triton.{module}"), name), dict(inputs)
+    known = {*given, *(constant for constant, _ in constants)}
+    given |= zip((argument for argument in fn.arg_names if argument not in known), outs, strict=True)
+    signature = {argument: given.get(argument, "constexpr") for argument in fn.arg_names}
+    # XLA aligns buffers to more than 16 bytes, which allows wide loads.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(fn.arg_names) if argument in given}
+    return ASTSource(fn, signature, dict(constants), aligned)
