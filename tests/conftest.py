@@ -4,6 +4,7 @@ import os
 
 # Test programs are small and many: LLVM's optimizations would cost more time than they save. Set before JAX starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # the command keeps programs; tests leave the user's cache alone
 
 import importlib.util
 import pkgutil

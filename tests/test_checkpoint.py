@@ -14,7 +14,7 @@ import transformers
 from gptq_fn_interop.checkpoint import INDEX, SINGLE, Checkpoint
 from gptq_fn_interop.gptq_format import quantization_config
 from gptq_fn_interop.params import read_params, write_params
-from gptq_fn_interop.shards import staged
+from gptq_fn_interop.staging import staged
 from gptq_fn_interop.stream import load_gptq, quantize_checkpoint, save_gptq
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -210,23 +210,6 @@ def test_a_checkpoint_that_is_not_what_its_config_says_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     with pytest.raises(ValueError, match=r"is not what its config says: model\.layers\.1\..* is not read"):
         load_gptq(tmp_path)
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError, SystemExit])
-def test_an_interrupted_run_leaves_nothing(source, tmp_path, stop):
-    seen = []
-
-    def progress(*args: Any) -> None:
-        seen.append(args)
-        raise stop
-
-    with pytest.raises(stop):
-        quantize_checkpoint(source, tmp_path / "out", TOKENS, CONFIG, progress=progress)
-    ((done, blocks, reports),) = seen
-    assert (done, blocks) == (1, 2)
-    assert reports
-    assert {r.name.split(".")[2] for r in reports} == {"0"}
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_destination_is_never_overwritten(source, tmp_path):

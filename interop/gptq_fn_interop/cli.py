@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 import tyro
@@ -14,6 +14,7 @@ from gptq_fn import FAMILIES
 from gptq_fn_interop.cli_kernels import kernels
 from gptq_fn_interop.cli_quantize import Engine, quantize, say, torch_model
 from gptq_fn_interop.cli_sweep import sweep
+from gptq_fn_interop.compile_cache import keep_programs
 from gptq_fn_interop.console import out, problems, progress
 
 
@@ -103,14 +104,19 @@ COMMANDS: dict[str, Callable[..., None]] = {"quantize": quantize, "eval": evalua
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; errors are one sentence and exit status 1."""
+    keep_programs()
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptq-fn", description="GPTQ quantization of language models.", args=args)
     except (ValueError, OSError) as error:
-        problems.print(f"gptq-fn: {error}", style="red", highlight=False, markup=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        problems.print("gptq-fn: interrupted; nothing was left behind.", style="red")
-        sys.exit(130)
+        _fail(f"gptq-fn: {error}", error, 1)
+    except KeyboardInterrupt as error:
+        _fail("gptq-fn: interrupted.", error, 130)
+
+
+def _fail(said: str, error: BaseException, status: int) -> NoReturn:
+    """Tell what went wrong, and what was noted on the way, and exit."""
+    problems.print(" ".join([said, *getattr(error, "__notes__", ())]), style="red", highlight=False, markup=False)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from tyro.conf import Positional, Suppress, arg
 
-from gptq_fn import FAMILIES, QuantConfig, Report, Rule
+from gptq_fn import FAMILIES, ON_DEVICE, ON_HOST, QuantConfig, Report, Rule, Runtime
 from gptq_fn_interop.console import out, progress
 
 Engine = Literal["transformers", "transformers+gptqmodel", "gptqmodel", "vllm", "sglang", "exllamav2", "llama.cpp"]
@@ -39,6 +39,8 @@ def quantize(
     samples: int = 64,
     length: int = 512,
     seed: int = 0,
+    activations: Literal["device", "host", "disk"] = "device",
+    resume: bool = False,
 ) -> None:
     """Quantize a checkpoint and write it in the GPTQ format.
 
@@ -54,10 +56,13 @@ def quantize(
         samples: Number of calibration samples.
         length: Tokens of a calibration sample.
         seed: Chooses the samples.
+        activations: Where activations of the calibration samples wait; in memory of the host or on the destination's disk they leave
+            that of the device free.
+        resume: Continue a run of the same command that was cut off, from its last complete block; begin where there is none.
     """
     from gptq_fn_interop.calib import tokens
     from gptq_fn_interop.hub import local
-    from gptq_fn_interop.shards import require_vacant
+    from gptq_fn_interop.staging import require_vacant
 
     began = time.perf_counter()
 
@@ -66,11 +71,15 @@ def quantize(
         return replace(base, rules=tuple(parse_rule(text, base) for text in rule))
 
     config = config_of(128 if options.group_size == "auto" else options.group_size)
-    require_vacant(destination)
+    require_vacant(destination, resume=resume)
     directory = local(source)
     if engine:
         config = _fitting(engine, directory, config_of, options.group_size)
-    run = _described(directory, config) or _traced(directory)
+    run = _described(directory, config, runtime=_runtime(activations, destination), resume=resume)
+    if run is None:
+        if resume or activations != "device":
+            raise ValueError("--resume and --activations are for models that a row of the table describes; this one has none.")
+        run = _traced(directory)
     calib = tokens(data, directory, samples=samples, length=length, seed=seed)
     with progress("Quantizing blocks") as advance:
         report = run(calib, config, destination, progress=lambda done, total, _: advance(done, total))
@@ -120,7 +129,17 @@ def say(engine: str, found: Any, name: str) -> None:
     out.print(f"{engine} loads {name}, as far as the quantization is concerned.", highlight=False)
 
 
-def _described(directory: Path, config: QuantConfig) -> Callable[..., Report] | None:
+def _runtime(activations: str, destination: Path) -> Runtime:
+    """The means of a run whose activations wait there."""
+    from gptq_fn_interop.activations import on_disk
+    from gptq_fn_interop.runtime import default_runtime
+    from gptq_fn_interop.staging import unfinished
+
+    stores = {"device": ON_DEVICE, "host": ON_HOST, "disk": on_disk(unfinished(destination) / "activations")}
+    return replace(default_runtime(), store=stores[activations])
+
+
+def _described(directory: Path, config: QuantConfig, **means: Any) -> Callable[..., Report] | None:
     """What quantizes a checkpoint that a row of the table describes, after a look at what headers can tell; None for others."""
     from gptq_fn_interop.checkpoint import Checkpoint
     from gptq_fn_interop.stream import open_source, quantize_checkpoint
@@ -128,7 +147,11 @@ def _described(directory: Path, config: QuantConfig) -> Callable[..., Report] | 
     if Checkpoint(directory).config.get("model_type") not in FAMILIES:
         return None
     open_source(directory, config)
-    return lambda calib, config, destination, progress: quantize_checkpoint(directory, destination, calib, config, progress=progress)
+
+    def run(calib: Any, config: QuantConfig, destination: Path, progress: Any) -> Report:
+        return quantize_checkpoint(directory, destination, calib, config, progress=progress, **means)
+
+    return run
 
 
 def _traced(directory: Path) -> Callable[..., Report]:

@@ -7,9 +7,11 @@ early packing slip that every reader undoes; version 2 ("gptq_v2") stores the ze
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from gptq_fn_kernels.words import chunk_of, pack, unpack, words_of
@@ -128,25 +130,49 @@ def unpackable(shape: tuple[int, int], bits: int) -> str | None:
 
 
 def to_tensors(q: QuantizedLinear, zeros: Zeros) -> dict[str, np.ndarray]:
-    """The five tensors of a linear; no bias where it has none. Raises ValueError for what the format cannot hold."""
-    codes, zero = np.asarray(q.codes).astype(np.int32), np.asarray(q.zero).astype(np.int32)
-    if reason := unpackable(q.shape, q.bits):
+    """The five tensors of a linear, with a leading axis where `q` has one of experts; no bias where it has none.
+
+    Codes that lie on an accelerator become words there. Raises ValueError for what the format cannot hold.
+    """
+    out, inputs = q.codes.shape[-2:]
+    if reason := unpackable((out, inputs), q.bits):
         raise ValueError(reason)
-    if zeros == "v1":
-        if not zero.all():
-            raise ValueError("A zero point of 0 cannot be stored in a version 1 checkpoint; write gptq_v2.")
-        zero = zero - 1
+    if zeros == "v1" and not bool(q.zero.all()):
+        raise ValueError("A zero point of 0 cannot be stored in a version 1 checkpoint; write gptq_v2.")
+    on_host = all(device.platform == "cpu" for device in jnp.asarray(q.codes).devices())
+    qweight, qzeros = (_words_on_host if on_host else _words_on_device)(q.codes, q.zero, q.bits, zeros)
     tensors = {
-        "qweight": np.ascontiguousarray(pack(_whole_chunks(codes.T, q.bits), q.bits, np.stack)),
-        "qzeros": np.ascontiguousarray(pack(_whole_chunks(zero, q.bits), q.bits, np.stack).T),
-        "scales": np.ascontiguousarray(np.asarray(q.scale).T),
+        "qweight": np.ascontiguousarray(qweight),
+        "qzeros": np.ascontiguousarray(qzeros),
+        "scales": np.ascontiguousarray(np.asarray(q.scale).swapaxes(-1, -2)),
         "g_idx": np.asarray(q.group_of).astype(np.int32),
     }
     return tensors if q.bias is None else {**tensors, "bias": np.asarray(q.bias)}
 
 
-def _whole_chunks(codes: np.ndarray, bits: int) -> np.ndarray:
-    return np.pad(codes, ((0, -len(codes) % chunk_of(bits)[0]), (0, 0)))
+def _words_on_host(codes: Any, zero: Any, bits: int, zeros: Zeros) -> tuple[np.ndarray, np.ndarray]:
+    codes, zero = np.asarray(codes), np.asarray(zero)
+    if codes.ndim == 2:
+        return _words(codes, zero, bits, zeros, np)
+    of_experts = [_words(c, z, bits, zeros, np) for c, z in zip(codes, zero, strict=True)]
+    return np.stack([qweight for qweight, _ in of_experts]), np.stack([qzeros for _, qzeros in of_experts])
+
+
+@partial(jax.jit, static_argnames=("bits", "zeros"))
+def _words_on_device(codes: jax.Array, zero: jax.Array, bits: int, zeros: Zeros) -> tuple[jax.Array, jax.Array]:
+    if codes.ndim == 2:
+        return _words(codes, zero, bits, zeros, jnp)
+    return jax.vmap(lambda c, z: _words(c, z, bits, zeros, jnp))(codes, zero)
+
+
+def _words(codes: Any, zero: Any, bits: int, zeros: Zeros, xp: Any) -> tuple[Any, Any]:
+    """qweight and qzeros of codes [out, in] and zero points [out, groups], in the arrays of `xp`: NumPy or jax.numpy."""
+    stored = zero.astype(np.int32) - 1 if zeros == "v1" else zero.astype(np.int32)
+    return _packed(codes.T.astype(np.int32), bits, xp), _packed(stored, bits, xp).T
+
+
+def _packed(codes: Any, bits: int, xp: Any) -> Any:
+    return pack(xp.pad(codes, ((0, -len(codes) % chunk_of(bits)[0]), (0, 0))), bits, xp.stack)
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray], name: str, described: Mapping[str, Any]) -> QuantizedLinear:

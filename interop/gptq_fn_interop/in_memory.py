@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gptq_fn import ModelSpec, QuantConfig, Report, Samples, check, head_plan, spec_from_config
+from gptq_fn import LinearReport, ModelSpec, QuantConfig, Report, Samples, check, head_plan, spec_from_config
 from gptq_fn_interop.gptq_format import TENSORS
 from gptq_fn_interop.params import dense_shapes
 from gptq_fn_interop.stored import reverted
@@ -46,11 +46,10 @@ def _along(spec: ModelSpec, model: PreTrainedModel, samples: Samples, config: Qu
     check_tokens(samples, tensors.shapes[spec.embedding][0])
     packed: dict[str, np.ndarray] = {}
 
-    def add(name: str, array: np.ndarray) -> None:
-        if name.rpartition(".")[2] in TENSORS:
-            packed[name] = array
+    def write(i: int | None, quantized: Iterator[tuple[str, np.ndarray]], reports: tuple[LinearReport, ...]) -> None:
+        packed.update((name, array) for name, array in quantized if name.rpartition(".")[2] in TENSORS)
 
-    quantized, _, report = quantize_tensors(spec, tensors, samples, config, add, progress)
+    quantized, _, report = quantize_tensors(spec, tensors, samples, config, write, progress)
     adopt(model, {name: to_torch(array).to(tensors.device_of(name, model.device)) for name, array in packed.items()}, report)
     model.config.tie_word_embeddings = quantized.tied
     return report

@@ -84,15 +84,14 @@ def write_block(spec: ModelSpec, i: int, p: Mapping[str, Any], zeros: Zeros) -> 
     yield from ((prefix + name, np.asarray(p[role])) for role, name in block.arrays)
     for slot, name in block.norms:
         if name is not None:
-            for full, leaf in _each(prefix + name, p[slot], block.copies(slot)):
-                yield from _write(leaf, full, zeros)
+            yield from _write(p[slot], prefix + name, zeros, block.copies(slot))
     together = {role for whole in _still_fused(block, p) for role in whole.roles}
     for whole in _still_fused(block, p):
         yield prefix + whole.name, fused.join(whole, {role: p[role][whole.leaf] for role in whole.roles})
     for linear in block.linears:
         if linear.role not in together:
-            for full, leaf in _each(prefix + linear.name, p[linear.role], block.copies(linear.role)):
-                yield from _write(leaf, full, zeros, transposed=linear.stored == "in_out")
+            copies, transposed = block.copies(linear.role), linear.stored == "in_out"
+            yield from _write(p[linear.role], prefix + linear.name, zeros, copies, transposed=transposed)
 
 
 def dense_shapes(
@@ -152,10 +151,10 @@ def _stacked(each: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
-def _each(name: str, leaf: Any, copies: int | None) -> Iterator[tuple[str, Any]]:
-    """Each copy under its name; the leaf itself where there is one."""
+def _each(name: str, tensors: Mapping[str, np.ndarray], copies: int | None) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
+    """Each copy under its name; the tensors themselves where there is one."""
     for n, full in enumerate(numbered(name, copies)):
-        yield full, leaf if copies is None else jax.tree.map(lambda a: a[n], leaf)  # noqa: B023 - called at once
+        yield full, tensors if copies is None else {key: array[n] for key, array in tensors.items()}
 
 
 def _still_fused(block: BlockSpec, p: Mapping[str, Any]) -> list[Any]:
@@ -163,10 +162,14 @@ def _still_fused(block: BlockSpec, p: Mapping[str, Any]) -> list[Any]:
     return [whole for whole in block.fused if not any(isinstance(p[role], QuantizedLinear) for role in whole.roles)]
 
 
-def _write(leaf: Any, name: str, zeros: Zeros, *, transposed: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+def _write(leaf: Any, name: str, zeros: Zeros, copies: int | None = None, *, transposed: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+    for full, tensors in _each(name, _tensors(leaf, zeros), copies):
+        for key, array in tensors.items():
+            yield f"{full}.{key}", np.ascontiguousarray(array.T) if transposed and key == "weight" else array
+
+
+def _tensors(leaf: Any, zeros: Zeros) -> dict[str, np.ndarray]:
+    """The tensors of a linear or a norm on the host, with a leading axis where the leaf has one."""
     if isinstance(leaf, QuantizedLinear):
-        yield from ((f"{name}.{key}", value) for key, value in to_tensors(leaf, zeros).items())
-        return
-    for key, value in leaf.items():
-        array = np.asarray(value)
-        yield f"{name}.{key}", np.ascontiguousarray(array.T) if transposed and key == "weight" else array
+        return to_tensors(leaf, zeros)
+    return {key: np.asarray(value) for key, value in leaf.items()}

@@ -2,7 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,19 @@ from gptq_fn import (
     head_plan,
     quantize_blocks,
     quantize_head,
+    run_block,
     spec_from_config,
 )
 from gptq_fn.check import Shapes
 from gptq_fn.kernels import pack_roles
 from gptq_fn_interop.checkpoint import Checkpoint
-from gptq_fn_interop.gptq_format import quantization_config, unpackable, zeros_version
+from gptq_fn_interop.gptq_format import described_by, quantization_config, unpackable, zeros_version
+from gptq_fn_interop.overlap import ahead, behind
 from gptq_fn_interop.params import Tensors, dense_shapes, read_block, read_params, read_top, write_block, write_params, write_top
-from gptq_fn_interop.shards import SHARD_BYTES, ShardWriter, staged, write_json
+from gptq_fn_interop.resume import begin, complete, files_of, identity
+from gptq_fn_interop.runtime import default_runtime
+from gptq_fn_interop.shards import SHARD_BYTES, assemble, write_json, write_parts
+from gptq_fn_interop.staging import claimed, complete_blocks, link, staged, taking_its_place
 
 COMPANIONS = (
     "generation_config.json",
@@ -53,6 +60,10 @@ Progress = Callable[[int, int, tuple[LinearReport, ...]], None]
 """Called after each block with the blocks done, their number, and the reports of the block."""
 
 
+Write = Callable[[int | None, Iterator[tuple[str, np.ndarray]], tuple[LinearReport, ...]], None]
+"""Takes the tensors of a block, by its number, and its reports; for None the tensors outside the blocks."""
+
+
 def quantize_checkpoint(
     source: str | Path,
     destination: str | Path,
@@ -63,26 +74,55 @@ def quantize_checkpoint(
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
     runtime: Runtime | None = None,
+    resume: bool = False,
 ) -> Report:
     """Quantize the checkpoint in `source` and write it, in the GPTQ format, to `destination`.
 
-    `calib` holds token ids [samples, time], or samples of any lengths. `spec` describes models that are in no table. The
-    destination appears when it is complete; a run that fails or is interrupted leaves nothing there. Raises ValueError or
-    OSError in a sentence, before any work where the checkpoint, the config or the tokens are at fault.
+    `calib` holds token ids [samples, time], or samples of any lengths. `spec` describes models that are in no table. While a
+    block is computed the next one is read and the one before is written. The destination appears when it is complete.
+    A run that fails or is killed leaves its complete blocks in a hidden directory beside it, if there are any; the same
+    call with `resume` continues from them and writes what it would have written without the failure, byte for byte, but for
+    the seconds in report.json. Raises ValueError or OSError in a sentence, before any work where the checkpoint, the config,
+    the tokens or the destination are at fault.
     """
-    config = config or QuantConfig()
+    config, runtime = config or QuantConfig(), runtime or default_runtime()
     checkpoint, spec = open_source(source, config, spec)
     check_tokens(calib, checkpoint.shapes[spec.embedding][0])
 
-    with staged(destination) as aside:
-        writer = ShardWriter(aside, shard_bytes)
-        quantized, embedding, report = quantize_tensors(spec, checkpoint, calib, config, writer.add, progress, runtime)
-        writer.close()
-        described = checkpoint.config if spec.origin is None else model_config(quantized)
-        describe(aside, described, embedding, report)
-        write_json(aside / "report.json", report.as_dict())
-        copy_companions(Path(source), aside)
+    with claimed(destination, resume=resume) as aside:
+        done = begin(aside, identity(checkpoint, spec, calib, config, runtime, shard_bytes))
+        with _resumable(aside, len(spec.blocks)), taking_its_place(aside, destination) as result:
+            outside: list[Path] = []
+
+            def write(i: int | None, tensors: Iterator[tuple[str, np.ndarray]], reports: tuple[LinearReport, ...]) -> None:
+                if i is None:
+                    outside.extend(write_parts(aside, "outside", tensors, shard_bytes))
+                else:
+                    complete(aside, i, tensors, reports, shard_bytes)
+
+            quantized, embedding, report = quantize_tensors(
+                spec, checkpoint, calib, config, write, progress, runtime, [(block.tensors, block.reports) for block in done]
+            )
+            parts = [*files_of(aside, len(spec.blocks)), *outside]
+            for part in parts:
+                link(part, result / part.name)  # so that the blocks stay until all is well
+            assemble([result / part.name for part in parts], result, shard_bytes)
+            described = checkpoint.config if spec.origin is None else model_config(quantized)
+            describe(result, described, embedding, report)
+            write_json(result / "report.json", report.as_dict())
+            copy_companions(Path(source), result)
     return report
+
+
+@contextmanager
+def _resumable(aside: Path, blocks: int) -> Iterator[None]:
+    """Adds to what goes wrong a note that tells how to continue, if any block is complete."""
+    try:
+        yield
+    except BaseException as error:
+        if done := complete_blocks(aside):
+            error.add_note(f"{done} of {blocks} blocks are complete, in {aside}: the same command with --resume continues from there.")
+        raise
 
 
 def quantize_tensors(
@@ -90,31 +130,53 @@ def quantize_tensors(
     tensors: Tensors,
     calib: Samples,
     config: QuantConfig,
-    add: Callable[[str, np.ndarray], None],
-    progress: Progress | None,
+    write: Write,
+    progress: Progress | None = None,
     runtime: Runtime | None = None,
+    done: Sequence[tuple[Tensors, tuple[LinearReport, ...]]] = (),
 ) -> tuple[ModelSpec, np.dtype, Report]:
-    """Quantize a model, of which `tensors` are read block by block, and `add` each tensor of the quantized one.
+    """Quantize a model, of which `tensors` are read block by block, and `write` each block of the quantized one.
 
-    Returns the spec of the quantized model, which may have a head of its own, the dtype of its embedding, and the report.
+    Reading and writing are done by a thread each, one block ahead and one block behind. `done` are the tensors and reports of
+    the first blocks, where these were quantized before. Returns the spec of the quantized model, which may have a head of its
+    own, the dtype of its embedding, and the report.
     """
+    runtime, zeros, blocks = runtime or default_runtime(), zeros_version(config), len(spec.blocks)
+    described, plan, reports = described_by(config, head=False), head_plan(spec, config), []
+    sources = [partial(read_block, spec, i, mine, described) for i, (mine, _) in enumerate(done)]
+    sources += [partial(read_block, spec, i, tensors) for i in range(len(done), blocks)]
+
+    def told(i: int, found: tuple[LinearReport, ...]) -> None:
+        reports.extend(found)
+        if progress:
+            progress(i + 1, blocks, found)
+
     # On CPUs, XLA's Cholesky runs in SciPy's BLAS, whose threads spin while XLA's own are at work: one is faster.
-    with threadpool_limits(1, "blas"):
+    with threadpool_limits(1, "blas"), ahead(sources) as params, behind() as later:
         top = read_top(spec, tensors)
-        batches = embed_batches(spec, top, calib, runtime, compute_dtype(jnp.dtype(top["embed"]["weight"].dtype)))
-        zeros, reports = zeros_version(config), []
-        blocks = (read_block(spec, i, tensors) for i in range(len(spec.blocks)))
-        for i, (p, found, after) in enumerate(quantize_blocks(spec, blocks, batches, config, runtime=runtime)):
+        embedding = top["embed"]["weight"].dtype
+        batches = embed_batches(spec, top, calib, runtime, compute_dtype(jnp.dtype(embedding)))
+        if plan is None:  # what lies outside the blocks is not needed any more, and large
+            later(partial(write, None, write_top(spec, _on_one_device(top), zeros), ()))
+            top = {}
+        for i, (_, found) in enumerate(done):
+            batches = run_block(spec.blocks[i], next(params), batches, runtime=runtime)
+            told(i, found)
+        rest = quantize_blocks(spec, params, batches, config, runtime=runtime, first=len(done))
+        for i, (p, found, after) in enumerate(rest, len(done)):
             batches = after
-            for name, array in write_block(spec, i, p, zeros):
-                add(name, array)
+            later(partial(write, i, write_block(spec, i, _on_one_device(p), zeros), found))
+            told(i, found)
+        if plan is not None:
+            spec, top, found = quantize_head(spec, top, batches, config, runtime=runtime)
+            later(partial(write, None, write_top(spec, _on_one_device(top), zeros), found))
             reports.extend(found)
-            if progress:
-                progress(i + 1, len(spec.blocks), found)
-        spec, top, found = quantize_head(spec, top, batches, config, runtime=runtime)
-        for name, array in write_top(spec, top, zeros):
-            add(name, array)
-    return spec, top["embed"]["weight"].dtype, Report(config, (*reports, *found))
+    return spec, embedding, Report(config, tuple(reports))
+
+
+def _on_one_device(params: Any) -> Any:
+    """Arrays of which every device holds the whole, as one of this process's devices has them: one alone is to pack them."""
+    return jax.tree.map(lambda a: a.addressable_data(0), params)
 
 
 def open_source(source: str | Path, config: QuantConfig, spec: ModelSpec | None = None) -> tuple[Checkpoint, ModelSpec]:
@@ -144,13 +206,11 @@ def save_gptq(
     Raises FileExistsError, or ValueError where there is no config.
     """
     described = model_config(quantized.spec) if config is None else config
-    with staged(destination) as aside:
-        writer = ShardWriter(aside, shard_bytes)
-        for name, array in write_params(quantized.spec, quantized.params, zeros_version(quantized.report.config)):
-            writer.add(name, array)
-        writer.close()
-        describe(aside, described, quantized.params["top"]["embed"]["weight"].dtype, quantized.report)
-        write_json(aside / "report.json", quantized.report.as_dict())
+    with staged(destination) as result:
+        tensors = write_params(quantized.spec, quantized.params, zeros_version(quantized.report.config))
+        assemble(write_parts(result, "part", tensors, shard_bytes), result, shard_bytes)
+        describe(result, described, quantized.params["top"]["embed"]["weight"].dtype, quantized.report)
+        write_json(result / "report.json", quantized.report.as_dict())
 
 
 def load_gptq(directory: str | Path, *, spec: ModelSpec | None = None, packed: bool = False) -> tuple[dict[str, Any], ModelSpec]:

@@ -13,21 +13,10 @@ import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-DTYPES: dict[str, str] = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-} | {
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
+DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
 }
 """What safetensors calls the dtypes of NumPy and ml_dtypes."""
 
@@ -63,7 +52,8 @@ def headers(path: Path) -> dict[str, Entry]:
         raise ValueError(f"{path} is not a readable safetensors file: {reason}. It is damaged, or not copied completely.") from None
     told.pop("__metadata__", None)
     return {
-        name: Entry(path, tuple(x["shape"]), DTYPES.get(x["dtype"], x["dtype"]), start + x["data_offsets"][0]) for name, x in told.items()
+        name: Entry(path, tuple(x["shape"]), DTYPES.get(kind := str(x["dtype"]), kind), start + x["data_offsets"][0])
+        for name, x in told.items()
     }
 
 

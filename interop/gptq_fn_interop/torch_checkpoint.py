@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gptq_fn import QuantConfig, QuantizedLinear, Report, Rule
 from gptq_fn_interop.gptq_format import quantization_config, to_tensors, zeros_version
 from gptq_fn_interop.qlinear import QuantLinear
 from gptq_fn_interop.quantizer import GPTQConfig, GptqQuantizer
-from gptq_fn_interop.shards import ShardWriter, write_json
+from gptq_fn_interop.shards import assemble, write_json, write_parts
 from gptq_fn_interop.stored import reverted
 from gptq_fn_interop.stream import copy_companions, describe
 from gptq_fn_interop.tensors import to_numpy, to_torch
@@ -35,8 +36,8 @@ class ModelWriter:
 
     def __init__(self, model: nn.Module, directory: Path, shard_bytes: int):
         """What is not quantized is written as the model holds it now; tied tensors once."""
-        self._model, self._directory, self._shards = model, directory, ShardWriter(directory, shard_bytes)
-        self._rest = own_tensors(model)
+        self._model, self._directory, self._limit = model, directory, shard_bytes
+        self._rest, self._parts = own_tensors(model), list[Path]()
         if isinstance(model, PreTrainedModel):
             if model.can_generate() and model.generation_config is not None:
                 model.generation_config.save_pretrained(directory)  # which refuses some: better now than after hours
@@ -44,17 +45,18 @@ class ModelWriter:
 
     def add(self, block: str, linears: Mapping[str, QuantizedLinear], stored: Mapping[str, str | None], config: QuantConfig) -> None:
         """Write the tensors of one block."""
-        for name, q in linears.items():
+        for name in linears:
             for leaf in ("weight", "bias"):
                 self._rest.pop(f"{name}.{leaf}", None)
-            for leaf, array in to_tensors(q, zeros_version(config)).items():
-                self._shards.add(f"{stored[name]}.{leaf}", array)
-        self._add([name for name in self._rest if name.startswith(f"{block}.")])
+        packed = (
+            (f"{stored[name]}.{leaf}", array) for name, q in linears.items() for leaf, array in to_tensors(q, zeros_version(config)).items()
+        )
+        self._write(chain(packed, self._taken([name for name in self._rest if name.startswith(f"{block}.")])))
 
     def close(self, report: Report, exact: Report) -> None:
         """Write the tensors outside of the blocks and the files that describe them all; `exact` is what engines are told."""
-        self._add(list(self._rest))
-        self._shards.close()
+        self._write(self._taken(list(self._rest)))
+        assemble(self._parts, self._directory, self._limit)
         dtype = str(next(p.dtype for p in self._model.parameters() if p.is_floating_point())).removeprefix("torch.")
         own: dict[str, Any] = {"architectures": [type(self._model).__name__], "dtype": dtype}
         if isinstance(self._model, PreTrainedModel):
@@ -62,9 +64,13 @@ class ModelWriter:
         describe(self._directory, own, np.dtype(np.float32), exact)
         write_json(self._directory / "report.json", report.as_dict())
 
-    def _add(self, names: Sequence[str]) -> None:
+    def _write(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        self._parts += write_parts(self._directory, f"part-{len(self._parts)}", tensors, self._limit)
+
+    def _taken(self, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """These tensors of the rest, as they are stored; they are no part of it any more."""
         for name, tensor in reverted(self._model, {name: self._rest.pop(name) for name in names}).items():
-            self._shards.add(name, to_numpy(tensor))
+            yield name, to_numpy(tensor)
 
 
 def layer(q: QuantizedLinear, config: QuantConfig, device: torch.device) -> QuantLinear:

@@ -20,7 +20,8 @@ from gptq_fn import Hessian, LinearReport, QuantConfig, QuantizedLinear, Report,
 from gptq_fn_interop.capture import evaluating, hollow, input_of, is_linear, run_block, weight_of
 from gptq_fn_interop.gptq_format import unpackable
 from gptq_fn_interop.qlinear import QuantLinear
-from gptq_fn_interop.shards import SHARD_BYTES, require_vacant, staged
+from gptq_fn_interop.shards import SHARD_BYTES
+from gptq_fn_interop.staging import require_vacant, staged
 from gptq_fn_interop.stored import stored_names
 from gptq_fn_interop.stream import Progress
 from gptq_fn_interop.tensors import to_jax, to_torch
