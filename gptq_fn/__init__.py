@@ -5,6 +5,7 @@ from gptq_fn._config import QuantConfig, Rule
 from gptq_fn._grid import Grid, decode, encode, find_grid
 from gptq_fn._hessian import Hessian, add_rows, empty, merge
 from gptq_fn._linears import quantize_linears
+from gptq_fn._mesh import data_mesh
 from gptq_fn._quantize import Quantized, head_plan, quantize, quantize_block, quantize_blocks, quantize_head, run_block
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
@@ -76,6 +77,7 @@ __all__ = [
     "add_rows",
     "block",
     "check",
+    "data_mesh",
     "decode",
     "dequantize",
     "embed_batches",

@@ -2,18 +2,27 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from gptq_fn._mesh import PARTS, WHOLE, placed, size, split
 from gptq_fn._runtime import Runtime
 from gptq_fn.model.decoder import embed
 from gptq_fn.spec import ModelSpec
 
 Samples = Int[Array, "samples time"] | Int[np.ndarray, "samples time"] | Sequence[Any]
 """Token ids: an array of samples of one length, or a sequence of one-dimensional arrays of any lengths."""
+
+
+_EMBEDDING = ("embed", "project_in", "positions", "embed_norm")
+"""The roles that `embed` reads."""
 
 
 class Batch(NamedTuple):
@@ -30,12 +39,14 @@ class Batch(NamedTuple):
 def embed_batches(
     spec: ModelSpec, top: Mapping[str, Any], calib: Samples, runtime: Runtime | None = None, dtype: jnp.dtype | None = None
 ) -> list[Batch]:
-    """What enters the first block, in batches of about `runtime.tokens` tokens and at least one sample.
+    """What enters the first block, in batches of about `runtime.tokens` tokens for each device and at least one sample.
 
     Samples of one length are not padded. Others are, to the next power of two, so that a block compiles for few shapes.
-    Computation runs in `dtype`, by default that of the embedding.
+    Computation runs in `dtype`, by default that of the embedding. With a mesh, each device holds as many samples of a batch.
     """
     runtime = runtime or Runtime()
+    shell, devices = replace(spec, blocks=()), size(runtime.mesh)
+    top = placed({role: leaf for role, leaf in top.items() if role in _EMBEDDING}, runtime.mesh, WHOLE)
     tokens = [np.asarray(sample) for sample in calib]
     lengths = {len(sample) for sample in tokens}
     longest = max(lengths)
@@ -44,13 +55,22 @@ def embed_batches(
         alike[longest if len(lengths) == 1 else min(longest, 1 << (len(sample) - 1).bit_length())].append(n)
     batches = []
     for width, numbers in sorted(alike.items()):
-        calls = -(-len(numbers) // max(1, runtime.tokens // width))
-        size = -(-len(numbers) // calls)
-        for i in range(0, len(numbers), size):
-            mine = tuple(numbers[i : i + size])
-            ids, keep = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
+        calls = -(-len(numbers) // (devices * max(1, runtime.tokens // width)))
+        together = -(-len(numbers) // (calls * devices)) * devices
+        for i in range(0, len(numbers), together):
+            mine = tuple(numbers[i : i + together])
+            ids, keep = np.zeros((together, width), np.int32), np.zeros((together, width), bool)
             for row, n in enumerate(mine):
                 ids[row, : len(tokens[n])], keep[row, : len(tokens[n])] = tokens[n], True
-            x = embed(spec, top, jnp.asarray(ids))
-            batches.append(Batch(runtime.store.put(x if dtype is None else x.astype(dtype)), jnp.asarray(keep), mine))
+            ids, keep = placed((ids, keep), runtime.mesh, PARTS)
+            batches.append(Batch(runtime.store.put(_embed(shell, top, jnp.asarray(ids), dtype, runtime.mesh)), jnp.asarray(keep), mine))
     return batches
+
+
+@partial(jax.jit, static_argnames=("spec", "dtype", "mesh"))
+def _embed(spec: ModelSpec, top: Mapping[str, Any], ids: Array, dtype: jnp.dtype | None, mesh: Mesh | None) -> Array:
+    def run(top: Mapping[str, Any], ids: Array) -> Array:
+        x = embed(spec, top, ids)
+        return x if dtype is None else x.astype(dtype)
+
+    return split(run, mesh, (WHOLE, PARTS), PARTS)(top, ids)

@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool
 
 from gptq_fn._config import QuantConfig
 from gptq_fn._hessian import Hessian, add_rows, empty
 from gptq_fn._linears import Solved, alike, report_of, require_sound, solve_together
+from gptq_fn._mesh import AXIS, PARTS, WHOLE, added, adding, size, split, together, zeros
 from gptq_fn._quantized import QuantizedLinear
 from gptq_fn._report import LinearReport
 from gptq_fn._runtime import Runtime
@@ -38,6 +41,8 @@ def quantize_experts(
 ) -> Iterator[tuple[str, QuantizedLinear, tuple[LinearReport, ...]]]:
     """Each role of `plan`, which read `tap`, quantized with a leading axis of experts, and the report of every expert.
 
+    The experts that are solved together are divided among the devices of a mesh where their number allows it.
+
     `states` wait in the runtime's store, `keeps` tell which tokens of each count; `names` maps roles to names with "{n}" for
     the number of the expert.
     An expert that fewer tokens than the configuration's min_rows reach is rounded to nearest. Raises ValueError as
@@ -45,15 +50,18 @@ def quantize_experts(
     """
     inputs = p[next(iter(plan))]["weight"].shape[-1]
     limit = max(1, HESSIAN_BYTES // (4 * inputs**2))
-    chunk = next(size for size in range(min(limit, spec.experts), 0, -1) if spec.experts % size == 0)
+    chunks = [n for n in range(min(limit, spec.experts), 0, -1) if spec.experts % n == 0]
+    chunk = next((n for n in chunks if n % size(runtime.mesh) == 0), chunks[0])
+    parts = WHOLE if chunk % size(runtime.mesh) else PARTS
     found: dict[str, list[tuple[QuantizedLinear, list[LinearReport]]]] = {role: [] for role in plan}
     seen = next(iter(plan.values())).experts
     for first in range(0, spec.experts, chunk):
-        h = _gather(spec, p, tap, states, keeps, inputs, first, chunk, runtime, everything=seen == "all")
-        for n in range(chunk):
-            runtime.observe(tuple(names[role].format(n=first + n) for role in plan), _expert(n, h))
+        h = added(_gather(spec, p, tap, states, keeps, inputs, first, chunk, runtime, everything=seen == "all"), runtime.mesh, parts)
+        for n in range(chunk if runtime.observe else 0):
+            assert runtime.observe
+            runtime.observe(tuple(names[role].format(n=first + n) for role in plan), _picked(h, np.int32(n), runtime.mesh, parts))
         for config, roles in alike(plan).items():
-            for role, q, reports in _solve_chunk(p, roles, first, chunk, h, config, names, runtime):
+            for role, q, reports in _solve_chunk(p, roles, first, chunk, h, config, names, runtime, parts):
                 found[role].append((q, reports))
     for role, chunks in found.items():
         q = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(q for q, _ in chunks))
@@ -73,26 +81,58 @@ def _gather(
     *,
     everything: bool,
 ) -> Hessian:
-    """The Hessians of `chunk` experts, with a leading axis, from the tokens routed to each or from all."""
+    """The Hessians of `chunk` experts, with a leading axis, from the tokens routed to each or from all; of a mesh, its terms."""
     mine = jax.tree.map(lambda a: a[first : first + chunk], expert_params(p))
     inner = tap == "expert_down_in"
-    h = jax.tree.map(lambda a: jnp.repeat(a[None], chunk, 0), empty(inputs))
+    h = zeros(partial(_empties, chunk, inputs), runtime.mesh)
     for waiting, keep in zip(states, keeps, strict=True):
         state = runtime.store.get(waiting)
         x = state.held["experts_in"] if inner else state.taps["mlp_in"]
-        h = _add(spec, h, mine, x, keep, Route(*state.held["route"]), jnp.asarray(first), inner=inner, everything=everything)
+        to = Route(*state.held["route"])
+        h = _add(spec, h, mine, x, keep, to, np.int32(first), inner=inner, everything=everything, mesh=runtime.mesh)
     return h
 
 
-@partial(jax.jit, static_argnames=("spec", "inner", "everything"), donate_argnums=1)
-def _add(
-    spec: MoeSpec, h: Hessian, experts: Mapping[str, Any], x: Array, keep: Array, to: Route, first: Array, *, inner: bool, everything: bool
-) -> Hessian:
-    def one(task: tuple[Array, Hessian, Mapping[str, Any]]) -> Hessian:
-        n, h, mine = task
-        return add_rows(h, expand(spec.mlp, mine, x) if inner else x, keep if everything else keep & to.chosen(first + n))
+def _empties(experts: int, inputs: int) -> Hessian:
+    return jax.tree.map(lambda a: jnp.repeat(a[None], experts, 0), empty(inputs))
 
-    return jax.lax.map(one, (jnp.arange(len(h.rows)), h, experts))
+
+@partial(jax.jit, static_argnames=("spec", "inner", "everything", "mesh"), donate_argnums=1)
+def _add(
+    spec: MoeSpec,
+    h: Hessian,
+    experts: Mapping[str, Any],
+    x: Array,
+    keep: Array,
+    to: Route,
+    first: Array | np.int32,
+    *,
+    inner: bool,
+    everything: bool,
+    mesh: Mesh | None,
+) -> Hessian:
+    def all_of(h: Hessian, experts: Mapping[str, Any], x: Array, keep: Array, to: Route, first: Array) -> tuple[Hessian, tuple[()]]:
+        def one(task: tuple[Array, Hessian, Mapping[str, Any]]) -> Hessian:
+            n, h, mine = task
+            return add_rows(h, expand(spec.mlp, mine, x) if inner else x, keep if everything else keep & to.chosen(first + n))
+
+        return jax.lax.map(one, (jnp.arange(len(h.rows)), h, experts)), ()
+
+    return adding(all_of, mesh, (WHOLE, PARTS, PARTS, PARTS, WHOLE))(h, experts, x, keep, to, first)[0]
+
+
+@partial(jax.jit, static_argnames=("mesh", "parts"))
+def _picked(h: Hessian, n: np.int32 | Array, mesh: Mesh | None, parts: P) -> Hessian:
+    """The Hessian of the expert with this number, on all devices."""
+    if mesh is None or parts == WHOLE:
+        return _expert(n, h)
+
+    def here(h: Hessian, n: Array) -> Hessian:
+        owner, place = n // len(h.rows), n % len(h.rows)
+        mine = jax.lax.axis_index(AXIS) == owner
+        return jax.tree.map(lambda a: jax.lax.psum(jnp.where(mine, a[place], jnp.zeros_like(a[place])), AXIS), h)
+
+    return split(here, mesh, (PARTS, WHOLE), WHOLE)(h, n)
 
 
 def _solve_chunk(
@@ -104,13 +144,14 @@ def _solve_chunk(
     config: QuantConfig,
     names: Mapping[str, str],
     runtime: Runtime,
+    parts: P,
 ) -> Iterator[tuple[str, QuantizedLinear, list[LinearReport]]]:
     """Each role quantized for the experts from `first` on; roles of one input are solved together, as rows of one matrix."""
     began = time.perf_counter()
     mine = {role: jax.tree.map(lambda a: a[first : first + chunk], p[role]) for role in roles}
-    f, solved = _solve([mine[role]["weight"] for role in roles], h, config, runtime.round_block)
-    f, told = jax.device_get((f._replace(upper=None), [(one.losses, one.sound) for one in solved]))
-    rows, seconds = np.asarray(h.rows), time.perf_counter() - began
+    f, rows, solved = _solve([mine[role]["weight"] for role in roles], h, config, runtime.round_block, runtime.mesh, parts)
+    f, rows, told = jax.device_get((f, rows, [(one.losses, one.sound) for one in solved]))
+    seconds = time.perf_counter() - began
     whole = sum(mine[role]["weight"].shape[1] for role in roles)
     for role, one, (losses, sound) in zip(roles, solved, told, strict=True):
         out, inputs = mine[role]["weight"].shape[1:]
@@ -123,11 +164,18 @@ def _solve_chunk(
         yield role, one.q.with_bias(mine[role].get("bias")), reports
 
 
-def _expert(n: int, stacked: Any) -> Any:
+def _expert(n: Any, stacked: Any) -> Any:
     return jax.tree.map(lambda a: a[n], stacked)
 
 
-@partial(jax.jit, static_argnames=("config", "round_block"))
-@partial(jax.vmap, in_axes=(0, 0, None, None))
-def _solve(weights: Sequence[Array], h: Hessian, config: QuantConfig, round_block: RoundBlock) -> tuple[Factor, list[Solved]]:
-    return solve_together(weights, h, config, round_block=round_block)
+@partial(jax.jit, static_argnames=("config", "round_block", "mesh", "parts"))
+def _solve(
+    weights: Sequence[Array], h: Hessian, config: QuantConfig, round_block: RoundBlock, mesh: Mesh | None, parts: P
+) -> tuple[Factor, Array, list[Solved]]:
+    """The factor of each expert, but for its matrix, the tokens that reached it, and its linears solved."""
+
+    def here(weights: Sequence[Array], h: Hessian) -> tuple[Factor, Array, list[Solved]]:
+        f, solved = jax.vmap(lambda weights, h: solve_together(weights, h, config, round_block=round_block))(weights, h)
+        return together((f._replace(upper=None), h.rows, solved), mesh if parts == PARTS else None)
+
+    return split(here, mesh, parts, WHOLE)(weights, h)

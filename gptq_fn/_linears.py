@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from gptq_fn._config import QuantConfig
 from gptq_fn._hessian import Hessian
+from gptq_fn._mesh import WHOLE, part, placed, split, together
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport
 from gptq_fn._runtime import Runtime
@@ -36,19 +38,20 @@ def quantize_linears(
     Hessian that cannot be factorized.
     """
     rows, runtime = int(h.rows), runtime or Runtime()
-    for config, together in alike(plan).items():
+    linears, h = placed((dict(linears), h), runtime.mesh, WHOLE)
+    for config, names in alike(plan).items():
         began = time.perf_counter()
-        weights = [linears[name]["weight"] for name in together]
+        weights = [linears[name]["weight"] for name in names]
         if weights[0].shape[1] != len(h.xx):
             raise ValueError(
-                f"{together[0]}: its weight has {weights[0].shape[1]} inputs but {len(h.xx)} features enter it. "
+                f"{names[0]}: its weight has {weights[0].shape[1]} inputs but {len(h.xx)} features enter it. "
                 "Weights are [out, in]; a Conv1D checkpoint needs stored='in_out' in its LinearSpec."
             )
-        f, solved = solve_together(weights, h, config, factor, runtime.round_block)
-        for name, one in zip(together, solved, strict=True):
+        f, solved = solve_together(weights, h, config, factor, runtime.round_block, runtime.mesh)
+        for name, one in zip(names, solved, strict=True):
             require_sound(name, one.sound)
         seconds, whole = time.perf_counter() - began, sum(len(w) for w in weights)
-        for name, one in zip(together, solved, strict=True):
+        for name, one in zip(names, solved, strict=True):
             linear = one.q.with_bias(linears[name].get("bias"))
             share = seconds * linear.shape[0] / whole
             yield name, linear, report_of(name, config, linear.shape, one.losses, f, rows, share)
@@ -92,26 +95,37 @@ def solve_together(
     config: QuantConfig,
     factor: Callable[[Hessian, QuantConfig], Factor] = factor,
     round_block: RoundBlock = round_in_loops,
+    mesh: Mesh | None = None,
 ) -> tuple[Factor, list[Solved]]:
-    """The factor of `h`, and each weight [out, in] that reads its input quantized, as rows of one matrix."""
-    f = factor(h, config)
-    return f, _solve(tuple(weights), f, h, config, round_block)
+    """The factor of `h`, and each weight [out, in] that reads its input quantized, as rows of one matrix.
+
+    Each device of a mesh has the factor and solves as many of the rows.
+    """
+    f = placed(factor(h, config), mesh, WHOLE)
+    return f, _solve(tuple(weights), f, h, config, round_block, mesh)
 
 
-@partial(jax.jit, static_argnames=("config", "round_block"))
-def _solve(weights: tuple[Array, ...], f: Factor, h: Hessian, config: QuantConfig, round_block: RoundBlock) -> list[Solved]:
-    w = jnp.concatenate([weight.astype(jnp.float32) for weight in weights])
-    rounded = round_to_nearest(w, config)
-    q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, solve(w, f, config, round_block)[0])
-    errors = jnp.stack([w - dequantize(q), w - dequantize(rounded), w])
-    energies = (jnp.matmul(errors, h.xx, precision=jax.lax.Precision.HIGHEST) * errors).sum(-1)
+@partial(jax.jit, static_argnames=("config", "round_block", "mesh"))
+def _solve(
+    weights: tuple[Array, ...], f: Factor, h: Hessian, config: QuantConfig, round_block: RoundBlock, mesh: Mesh | None
+) -> list[Solved]:
+    def rows_of(weights: tuple[Array, ...], f: Factor, h: Hessian) -> tuple[QuantizedLinear, Float[Array, "rows 3"]]:
+        w = part(jnp.concatenate([weight.astype(jnp.float32) for weight in weights]), mesh)
+        rounded = round_to_nearest(w, config)
+        q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, solve(w, f, config, round_block)[0])
+        errors = jnp.stack([w - dequantize(q), w - dequantize(rounded), w])
+        energies = (jnp.matmul(errors, h.xx, precision=jax.lax.Precision.HIGHEST) * errors).sum(-1)
+        codes, scale, zero, energies = together((q.codes, q.scale, q.zero, energies.T), mesh)
+        return QuantizedLinear(codes, scale, zero, q.group_of, q.bits), energies
+
+    q, energies = split(rows_of, mesh, WHOLE, WHOLE)(weights, f, h)
     found, start = [], 0
     for weight in weights:
         rows = slice(start, start + len(weight))
         start = rows.stop
         mine = QuantizedLinear(q.codes[rows], q.scale[rows], q.zero[rows], q.group_of, q.bits)
         sound = Sound(jnp.isfinite(weight).all(), jnp.isfinite(f.damp), jnp.isfinite(mine.scale).all())
-        found.append(Solved(mine, Losses(*(a[rows].sum() for a in energies)), sound))
+        found.append(Solved(mine, Losses(*energies[rows].sum(0)), sound))
     return found
 
 

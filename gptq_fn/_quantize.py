@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from gptq_fn._batches import Batch, Samples, embed_batches
@@ -16,6 +17,7 @@ from gptq_fn._config import QuantConfig
 from gptq_fn._experts import quantize_experts
 from gptq_fn._hessian import Hessian, add_rows, empty
 from gptq_fn._linears import quantize_linears
+from gptq_fn._mesh import PARTS, WHOLE, added, adding, gathered, local, placed, split, zeros
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
 from gptq_fn._runtime import Runtime
@@ -118,16 +120,17 @@ def quantize_head(
     if plan is None or name is None:
         return spec, top, ()
     runtime, shell = runtime or Runtime(), replace(spec, blocks=())
-    leaf = top["embed"] if spec.tied else top["head"]
+    leaf, shared = placed((top["embed"] if spec.tied else top["head"], {r: top[r] for r in _BEFORE_HEAD if r in top}), runtime.mesh, WHOLE)
     passing = replace(runtime, store=runtime.store._replace(put=lambda _: ()))
 
     def enter(x: Array) -> State:
-        return State(x, {"head_in": _head_input(shell, top, x)}, {})
+        return State(x, {"head_in": _head_input(shell, shared, x, runtime.mesh)}, {})
 
     h = _pass(enter, [batch.x for batch in batches], batches, {"head_in": name}, passing)[1]["head_in"]
-    runtime.observe((name,), h)
+    if runtime.observe:
+        runtime.observe((name,), h)
     ((_, head, report),) = quantize_linears({name: leaf}, h, {name: plan}, runtime=runtime)
-    return _untied(spec), {**top, "head": head}, (report,)
+    return _untied(spec), {**top, "head": local(head, runtime.mesh)}, (report,)
 
 
 def _untied(spec: ModelSpec) -> ModelSpec:
@@ -138,7 +141,13 @@ def _untied(spec: ModelSpec) -> ModelSpec:
     return replace(spec, tied=False, origin=origin)
 
 
-_head_input = jax.jit(head_input, static_argnames="spec")
+_BEFORE_HEAD = ("final_norm", "project_out")
+"""The roles that `head_input` reads."""
+
+
+@partial(jax.jit, static_argnames=("spec", "mesh"))
+def _head_input(spec: ModelSpec, top: Mapping[str, Any], x: Array, mesh: Mesh | None) -> Array:
+    return split(partial(head_input, spec), mesh, (WHOLE, PARTS), PARTS)(top, x)
 
 
 def quantize_block(
@@ -158,18 +167,22 @@ def quantize_block(
     """
     runtime = runtime or Runtime()
     dtype = runtime.store.get(batches[0].x).dtype
-    running, result, reports = dict(p), dict(p), []
-    states, hessians = _pass(partial(_enter, spec, p), [batch.x for batch in batches], batches, _linears_at(spec, 0, plan, names), runtime)
+    running, result, reports = dict(placed(p, runtime.mesh, WHOLE)), dict(p), []
+    begin = partial(_enter, spec, running, mesh=runtime.mesh)
+    states, hessians = _pass(begin, [batch.x for batch in batches], batches, _linears_at(spec, 0, plan, names), runtime)
     for at, stop in enumerate(spec.stops):
+        solved = {}
         for tap, roles in spec.stages:
             mine = {role: plan[role] for role in roles if role in plan}
             if STOP_OF[tap] == stop and mine:
                 for role, q, found in _quantize_tap(spec, running, tap, states, hessians, batches, mine, names, runtime):
-                    result[role] = q
+                    solved[role] = q
                     reports.extend(found)
+        result.update({role: local(q.with_bias(None), runtime.mesh).with_bias(p[role].get("bias")) for role, q in solved.items()})
         if sequential:
-            running.update({role: _dequantized(q, dtype) for role, q in result.items() if isinstance(q, QuantizedLinear)})
-        states, hessians = _pass(_onward(spec, running, stop), states, batches, _linears_at(spec, at + 1, plan, names), runtime)
+            running.update({role: _dequantized(q, dtype) for role, q in solved.items()})
+        onward, taps = _onward(spec, running, stop, runtime.mesh), _linears_at(spec, at + 1, plan, names)
+        states, hessians = _pass(onward, states, batches, taps, runtime)
     if not sequential:
         return result, tuple(reports), run_block(spec, result, batches, runtime=runtime)
     return result, tuple(reports), [batch._replace(x=x) for batch, x in zip(batches, states, strict=True)]
@@ -179,23 +192,24 @@ def run_block(spec: BlockSpec, p: BlockParams, batches: Sequence[Batch], *, runt
     """What leaves a block that is quantized already, to the last bit what `quantize_block` left."""
     runtime = runtime or Runtime()
     dtype = runtime.store.get(batches[0].x).dtype
+    p = placed(p, runtime.mesh, WHOLE)
     p = {role: _dequantized(leaf, dtype) if isinstance(leaf, QuantizedLinear) else leaf for role, leaf in p.items()}
 
     def through(x: Array) -> Array:
-        state = _enter(spec, p, x)
+        state = _enter(spec, p, x, mesh=runtime.mesh)
         for stop in spec.stops:
-            state = _onward(spec, p, stop)(state)
+            state = _onward(spec, p, stop, runtime.mesh)(state)
         return state
 
     left, _ = _pass(through, [batch.x for batch in batches], batches, {}, runtime)
     return [batch._replace(x=x) for batch, x in zip(batches, left, strict=True)]
 
 
-def _onward(spec: BlockSpec, p: BlockParams, stop: Stop) -> Callable[[State], Any]:
+def _onward(spec: BlockSpec, p: BlockParams, stop: Stop, mesh: Mesh | None) -> Callable[[State], Any]:
     """From a state at `stop` to the next one, or to what leaves the block."""
     if stop == spec.stops[-1]:
-        return lambda state: _advance(spec, p, state, stop).x
-    return lambda state: _advance(spec, p, state, stop)
+        return lambda state: _advance(spec, p, state, stop, mesh).x
+    return lambda state: _advance(spec, p, state, stop, mesh)
 
 
 def _linears_at(spec: BlockSpec, at: int, plan: Mapping[str, QuantConfig], names: Mapping[str, str]) -> dict[Tap, str]:
@@ -219,14 +233,15 @@ def _pass(
     for i, batch in enumerate(batches):
         state = step(runtime.store.get(waiting[i]))
         for tap in taps:
-            h = found[tap] if tap in found else empty(state.taps[tap].shape[-1])
-            found[tap], fine = _add(h, state.taps[tap], batch.keep)
+            h = found[tap] if tap in found else zeros(partial(empty, state.taps[tap].shape[-1]), runtime.mesh)
+            found[tap], fine = _add(h, state.taps[tap], batch.keep, runtime.mesh)
             finite[tap].append(fine)
         waiting[i] = runtime.store.put(state)
         if i >= AHEAD:
             jax.block_until_ready(waiting[i - AHEAD])  # else what waits elsewhere would all be fetched at once
+    found = {tap: added(h, runtime.mesh) for tap, h in found.items()}
     for tap, name in taps.items():
-        _require_finite(name, batches, finite[tap])
+        _require_finite(name, batches, jax.device_get(gathered(finite[tap], runtime.mesh)))
     return waiting, found
 
 
@@ -247,7 +262,8 @@ def _quantize_tap(
         yield from quantize_experts(spec.ffn, p, tap, states, [batch.keep for batch in batches], plan, names, runtime)
         return
     role_of = {names[role]: role for role in plan}
-    runtime.observe(tuple(role_of), hessians[tap])
+    if runtime.observe:
+        runtime.observe(tuple(role_of), hessians[tap])
     linears, mine = {n: p[r] for n, r in role_of.items()}, {n: plan[r] for n, r in role_of.items()}
     for name, q, report in quantize_linears(linears, hessians[tap], mine, runtime=runtime):
         yield role_of[name], q, (report,)
@@ -264,26 +280,29 @@ def _dequantize(q: QuantizedLinear, dtype: jnp.dtype) -> Array:
     return dequantize(q).astype(dtype)
 
 
-@partial(jax.jit, static_argnames="spec")
-def _enter(spec: BlockSpec, p: BlockParams, x: Array) -> State:
-    return enter(spec, p, x)
+@partial(jax.jit, static_argnames=("spec", "mesh"))
+def _enter(spec: BlockSpec, p: BlockParams, x: Array, mesh: Mesh | None) -> State:
+    return split(partial(enter, spec), mesh, (WHOLE, PARTS), PARTS)(p, x)
 
 
-@partial(jax.jit, static_argnames=("spec", "stop"))
-def _advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop) -> State:
-    return advance(spec, p, state, stop)[0]
+@partial(jax.jit, static_argnames=("spec", "stop", "mesh"))
+def _advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop, mesh: Mesh | None) -> State:
+    return split(lambda p, state: advance(spec, p, state, stop)[0], mesh, (WHOLE, PARTS), PARTS)(p, state)
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, static_argnames="mesh", donate_argnums=0)
 def _add(
-    h: Hessian, x: Float[Array, "samples time features"], keep: Bool[Array, "samples time"]
+    h: Hessian, x: Float[Array, "samples time features"], keep: Bool[Array, "samples time"], mesh: Mesh | None
 ) -> tuple[Hessian, Bool[Array, " samples"]]:
-    return add_rows(h, x, keep), (jnp.isfinite(x).all(2) | ~keep).all(1)
+    def one(h: Hessian, x: Array, keep: Array) -> tuple[Hessian, Array]:
+        return add_rows(h, x, keep), (jnp.isfinite(x).all(2) | ~keep).all(1)
+
+    return adding(one, mesh, (PARTS, PARTS))(h, x, keep)
 
 
-def _require_finite(name: str, batches: Sequence[Batch], finite: Sequence[Array]) -> None:
+def _require_finite(name: str, batches: Sequence[Batch], finite: Sequence[np.ndarray]) -> None:
     """Raise ValueError naming the first sample that makes the input of the linear `name` infinite or NaN."""
-    bad = [n for batch, fine in zip(batches, finite, strict=True) for n, ok in zip(batch.samples, np.asarray(fine), strict=False) if not ok]
+    bad = [n for batch, fine in zip(batches, finite, strict=True) for n, ok in zip(batch.samples, fine, strict=False) if not ok]
     if bad:
         raise ValueError(
             f"{name}: calibration sample {min(bad)} makes its input infinite or NaN. "

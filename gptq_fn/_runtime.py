@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from gptq_fn._hessian import Hessian
+from gptq_fn._mesh import require_data_mesh
 from gptq_fn._solve import RoundBlock, round_in_loops
 
 
@@ -41,25 +43,29 @@ ON_HOST = Store(_to_host, _to_device)
 """Activations wait in pinned memory of the host, which a device reads and writes directly."""
 
 
-def _ignore(names: Sequence[str], hessian: Hessian) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Runtime:
     """The means of a run. Hashable: parts of it are keys of compiled programs."""
 
     store: Store = ON_DEVICE
     """Where activations wait between the steps of a block."""
-    observe: Callable[[Sequence[str], Hessian], None] = _ignore
+    observe: Callable[[Sequence[str], Hessian], None] | None = None
     """Called with every Hessian and the names of the linears that are solved from it, before they are."""
     round_block: RoundBlock = round_in_loops
     """Rounds a block of columns of the weights that are solved; `gptq_fn.kernels.round_block()` is this machine's fastest."""
     tokens_per_call: int | None = None
-    """Calibration tokens that pass through a block at once; None means 512 on CPUs, where those of few stay in cache, and 8192
-    elsewhere. A sample is never cut."""
+    """Calibration tokens that pass through a block at once on each device; None means 512 on CPUs, where those of few stay in
+    cache, and 8192 elsewhere. A sample is never cut."""
+    mesh: Mesh | None = None
+    """The devices that share the work, as `data_mesh` makes it, of one process or of several that all do the same; None means
+    JAX's default device. Samples, rows of weights and experts are divided among them."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a mesh of another kind."""
+        if self.mesh is not None:
+            require_data_mesh(self.mesh)
 
     @property
     def tokens(self) -> int:
-        """How many calibration tokens pass through a block at once."""
+        """How many calibration tokens pass through a block at once on each device."""
         return self.tokens_per_call or (512 if jax.default_backend() == "cpu" else 8192)
