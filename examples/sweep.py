@@ -22,10 +22,10 @@ from gptq_fn_interop.calib import tokens
 from gptq_fn_interop.cli_sweep import table
 from gptq_fn_interop.console import progress
 from gptq_fn_interop.hub import local
-from gptq_fn_interop.kept import keep_hessians, sweep
 from gptq_fn_interop.stream import quantize_checkpoint
+from gptq_fn_interop.sweep import sweep
 
-from gptq_fn import QuantConfig, Report, Runtime
+from gptq_fn import QuantConfig, Report
 
 GAP = 0.35
 """Where the shades of a role begin, from white at 0 to its colour at 1."""
@@ -44,21 +44,16 @@ def main() -> None:
     source = local(args.model) if args.model else smollm2.fetch(args.build / "smollm2")
     folder = fresh(args.build / f"{source.name}-sweep")
     calib = tokens(args.data, source, samples=args.samples, length=512)
-    with keep_hessians(source, folder / "hessians") as observe, progress("Calibrating: quantizing blocks") as advance:
-        quantize_checkpoint(
-            source,
-            folder / "quantized",
-            calib,
-            progress=lambda done, total, _: advance(done, total),
-            runtime=Runtime(observe=observe),
-        )
+    hessians = folder / "hessians"
+    with progress("Calibrating: quantizing blocks") as advance:
+        quantize_checkpoint(source, folder / "quantized", calib, hessians=hessians, progress=lambda done, total, _: advance(done, total))
 
     configs = [QuantConfig(bits=bits, group_size=size) for size in args.group_size for bits in args.bits]
     with progress("Solving from Hessians") as advance:
-        reports = sweep(source, folder / "hessians", configs, progress=advance)
+        reports = sweep(source, hessians, configs, progress=advance)
     Console().print(table(reports))
     draw(reports, source.name, folder / "sweep.png")
-    print(f"The picture is {folder / 'sweep.png'}, the Hessians are in {folder / 'hessians'}")
+    print(f"The picture is {folder / 'sweep.png'}, the Hessians are in {hessians}")
 
 
 def draw(reports: Sequence[Report], title: str, path: Path) -> None:

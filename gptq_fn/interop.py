@@ -9,10 +9,11 @@ from gptq_fn_interop.evaluation import Evaluation, evaluate
 from gptq_fn_interop.hf import from_hf, to_hf
 from gptq_fn_interop.in_memory import quantize_model
 from gptq_fn_interop.inspection import inspect
-from gptq_fn_interop.kept import KeptHessians, keep_hessians, sweep
+from gptq_fn_interop.kept import KeptHessians, keep_hessians
 from gptq_fn_interop.qlinear import QuantLinear
 from gptq_fn_interop.quantizer import register
 from gptq_fn_interop.stream import load_gptq, quantize_checkpoint, save_gptq
+from gptq_fn_interop.sweep import sweep
 from gptq_fn_interop.tensors import to_jax, to_torch
 from gptq_fn_interop.trace import Trace, TracedBlock, trace
 from gptq_fn_interop.traced import TracedReport, quantize_traced

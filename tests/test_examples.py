@@ -28,5 +28,12 @@ def test_demo_on_a_small_model(tmp_path: Path) -> None:
     assert (tmp_path / "build" / "tiny-llama-gptq-4bit" / "model.safetensors").exists()
 
 
+def test_sweep_draws_a_picture(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "tiny-llama")
+    said = run("examples/sweep.py", "--model", model, "--build", tmp_path, "--bits", "4", "--group-size", "128", "--samples", "2")
+    assert "worst linears" in said
+    assert (tmp_path / "tiny-llama-sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_solver_benchmark() -> None:
     assert "times" in run("benchmarks/solver.py", "--shapes", "32x128", "--runs", "1")

@@ -16,9 +16,10 @@ from family_cases import CASES
 from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.experts import Experts
 from gptq_fn_interop.hf import from_hf, to_hf
-from gptq_fn_interop.kept import KeptHessians, keep_hessians, sweep
+from gptq_fn_interop.kept import KeptHessians, keep_hessians
 from gptq_fn_interop.params import read_params
 from gptq_fn_interop.stream import load_gptq, quantize_checkpoint
+from gptq_fn_interop.sweep import sweep
 from safetensors.numpy import load_file
 from test_families import built as built  # the fixture
 

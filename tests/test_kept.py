@@ -1,20 +1,27 @@
 """Hessians on disk: what is solved from them is what the run solved, and damage is told."""
 
+import csv
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import gptq_fn_interop.kept as kept
+import gptq_fn_interop.sweep as sweeping
 import numpy as np
 import pytest
-from gptq_fn_interop.kept import KeptHessians, fold, keep_hessians, sweep, unfold
-from gptq_fn_interop.stream import quantize_checkpoint
+from gptq_fn_interop.checkpoint import Checkpoint
+from gptq_fn_interop.cli import main
+from gptq_fn_interop.gptq_format import to_tensors
+from gptq_fn_interop.kept import KeptHessians, fold, keep_hessians, unfold
+from gptq_fn_interop.stream import open_source, quantize_checkpoint
+from gptq_fn_interop.sweep import plan_of, solve_kept, sweep
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import save_tiny_llama
 
-from gptq_fn import QuantConfig, Report, Rule, Runtime
+from gptq_fn import QuantConfig, Report, Rule
 
 CALIB = np.random.default_rng(0).integers(2, 97, (8, 32)).astype(np.int32)
 CONFIG = QuantConfig(4, 32, grid="minmax", rules=(Rule(".*(v|o|gate|up)_proj"), Rule("lm_head", QuantConfig(8, None, grid="minmax"))))
@@ -22,8 +29,7 @@ CONFIG = QuantConfig(4, 32, grid="minmax", rules=(Rule(".*(v|o|gate|up)_proj"), 
 
 def run(source: Path, folder: Path, config: QuantConfig) -> Report:
     """The report of a run, whose Hessians are in the folder "kept" and whose result is in "run"."""
-    with keep_hessians(source, folder / "kept") as observe:
-        return quantize_checkpoint(source, folder / "run", CALIB, config, runtime=Runtime(observe=observe))
+    return quantize_checkpoint(source, folder / "run", CALIB, config, hessians=folder / "kept")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,17 @@ def test_a_sweep_finds_what_the_run_found(source: Path, done: tuple[Path, Report
     assert found.error == pytest.approx(done[1].error, rel=1e-4)
 
 
+def test_codes_are_those_of_the_run(source: Path, done: tuple[Path, Report]) -> None:
+    checkpoint, spec = open_source(source, CONFIG)
+    written = Checkpoint(done[0] / "run")
+    names = set()
+    for name, _, q, _ in solve_kept(spec, checkpoint, KeptHessians(done[0] / "kept"), [plan_of(spec, CONFIG)]):
+        names.add(name)
+        for leaf, array in to_tensors(q, "v1").items():
+            np.testing.assert_array_equal(array, written[f"{name}.{leaf}"])
+    assert names == {name.removesuffix(".qweight") for name in written if name.endswith(".qweight")}
+
+
 def test_hessians_are_kept_by_the_linears_that_share_them(done: tuple[Path, Report]) -> None:
     hessians = KeptHessians(done[0] / "kept")
     attention = "model.layers.1.self_attn"
@@ -78,7 +95,7 @@ def test_hessians_are_kept_by_the_linears_that_share_them(done: tuple[Path, Repo
 
 
 def test_several_settings_share_what_they_can(source: Path, done: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch) -> None:
-    eight = Rule(".*[.]0[.]mlp", QuantConfig(8, 32, grid="minmax", damp=0.1))
+    eight = Rule(".*[.]0[.]mlp", QuantConfig(8, 32, grid="minmax", damp=0.5))
     rules = (Rule("(?!.*down_proj)"), eight)
     variants = [
         {"group_size": 16},
@@ -89,8 +106,8 @@ def test_several_settings_share_what_they_can(source: Path, done: tuple[Path, Re
     configs = [QuantConfig(**{"bits": 4, "group_size": 32, "grid": "minmax", **changes}, rules=rules) for changes in variants]
     alone = [sweep(source, done[0] / "kept", [config])[0] for config in configs[:2]]
     factored, read, told = [], [], []
-    real, get = kept.factor, KeptHessians.__getitem__
-    monkeypatch.setattr(kept, "factor", lambda h, config: factored.append(config) or real(h, config))
+    real, get = sweeping.factor, KeptHessians.__getitem__
+    monkeypatch.setattr(sweeping, "factor", lambda h, config: factored.append(config) or real(h, config))
     monkeypatch.setattr(KeptHessians, "__getitem__", lambda self, names: read.append(names) or get(self, names))
     reports = sweep(source, done[0] / "kept", configs, progress=lambda *at: told.append(at))
     for found, expected in zip(reports, alone, strict=False):
@@ -99,7 +116,7 @@ def test_several_settings_share_what_they_can(source: Path, done: tuple[Path, Re
     assert len(factored) == 1 + 3  # one for the rule; for the others groups of 16, importance alone, and the other damping
     assert told == [(1, 2), (2, 2)]
     assert reports[1].error > reports[0].error
-    assert [x.damp for x in reports[3].linears] == pytest.approx([0.1, 0.5])
+    assert [x.damp for x in reports[3].linears] == [0.5, 0.5]
 
 
 def test_hessians_of_another_model_are_refused(source: Path, done: tuple[Path, Report], tmp_path: Path) -> None:
@@ -150,11 +167,54 @@ def test_a_directory_is_not_written_over_unless_a_run_goes_on(source: Path, copi
     assert len(KeptHessians(copied)) == 5
 
 
+def test_a_run_that_is_cut_off_leaves_the_hessians_of_its_complete_blocks(source: Path, tmp_path: Path) -> None:
+    def stop(done: int, *_: object) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    again = partial(quantize_checkpoint, source, tmp_path / "run", CALIB, CONFIG, hessians=tmp_path / "kept")
+    with pytest.raises(KeyboardInterrupt):
+        again(progress=stop)
+    lost = tmp_path / "kept" / "model.layers.0.mlp.down_proj.safetensors"
+    whole = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(ValueError, match=r"no Hessian of model.layers.0.mlp.down_proj"):
+        again(resume=True)
+    lost.write_bytes(whole)
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        again()
+    expected = again(resume=True)
+    assert_same(sweep(source, tmp_path / "kept", [CONFIG])[0], expected)
+
+
+def test_the_command_keeps_and_sweeps(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, rules = str(tmp_path / "kept"), ("--rule", ".*(v|o|gate|up)_proj => skip")
+    options = ("--group-size", "32", "--grid", "minmax", *rules, "--samples", "8", "--length", "32")
+    main(["quantize", str(source), str(tmp_path / "run"), "--keep-hessians", kept, *options])
+    settings = ("--bits", "2", "4", "--group-size", "32", "--grid", "minmax", *rules)
+    main(["sweep", str(source), "--hessians", kept, *settings, "--out", str(tmp_path / "sweep.json")])
+    said = capsys.readouterr().out
+    assert "worst linears" in said
+    two, four = json.loads((tmp_path / "sweep.json").read_text())["settings"]
+    assert two["error"] > four["error"] > 0
+    expected = {x["name"]: x for x in json.loads((tmp_path / "run" / "report.json").read_text())["linears"]}
+    assert {x["name"]: x["error"] for x in four["linears"]} == pytest.approx({name: x["error"] for name, x in expected.items()}, rel=1e-4)
+    main(["sweep", str(source), "--hessians", kept, *settings, "--out", str(tmp_path / "sweep.csv")])
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert [row["linear"] for row in rows] == [x["name"] for x in (*two["linears"], *four["linears"])]
+    assert [float(row["error"]) for row in rows] == pytest.approx([x["error"] for x in (*two["linears"], *four["linears"])])
+    assert {row["bits_per_weight"] for row in rows} == {str(two["bits_per_weight"]), str(four["bits_per_weight"])}
+    for args, sentence in ((("--out", "sweep.txt"), "ends in .json or .csv"), (("--group-size", "0"), "must be positive")):
+        with pytest.raises(SystemExit):
+            main(["sweep", str(source), "--hessians", kept, *args])
+        assert sentence in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_disk_that_is_full_is_told(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kept.os, "fsync", full)
+    monkeypatch.setattr(kept, "write", full)
     with pytest.raises(OSError, match=r"Hessian of model.layers.0.\S+ cannot be written to .*: No space left on device\."):
         run(source, tmp_path, CONFIG)
     assert not (tmp_path / "run").exists()

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
+import jax
+from jax.sharding import Mesh
 from tyro.conf import Positional, Suppress, arg
 
 from gptq_fn import FAMILIES, ON_DEVICE, ON_HOST, QuantConfig, Report, Rule, Runtime
@@ -40,7 +42,9 @@ def quantize(
     length: int = 512,
     seed: int = 0,
     activations: Literal["device", "host", "disk"] = "device",
+    mesh: int | Literal["all"] | None = None,
     resume: bool = False,
+    keep_hessians: Path | None = None,
 ) -> None:
     """Quantize a checkpoint and write it in the GPTQ format.
 
@@ -58,13 +62,19 @@ def quantize(
         seed: Chooses the samples.
         activations: Where activations of the calibration samples wait; in memory of the host or on the destination's disk they leave
             that of the device free.
+        mesh: Divide the work among so many devices, or all of them. Where JAX's environment tells of several processes, as
+            JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do, of all; each runs this command, with one file system.
         resume: Continue a run of the same command that was cut off, from its last complete block; begin where there is none.
+        keep_hessians: A directory in which to keep the Hessians of all linears, for gptq-fn sweep.
     """
     from gptq_fn_interop.calib import tokens
     from gptq_fn_interop.hub import local
+    from gptq_fn_interop.processes import first, join
     from gptq_fn_interop.staging import require_vacant
 
     began = time.perf_counter()
+    devices = None if mesh is None else join(mesh)
+    out.quiet = devices is not None and not first()
 
     def config_of(group_size: int | None) -> QuantConfig:
         base = QuantConfig(**{**{f.name: getattr(options, f.name) for f in fields(QuantConfig)}, "group_size": group_size})
@@ -75,13 +85,14 @@ def quantize(
     directory = local(source)
     if engine:
         config = _fitting(engine, directory, config_of, options.group_size)
-    run = _described(directory, config, runtime=_runtime(activations, destination), resume=resume)
+    run = _described(directory, config, runtime=_runtime(activations, destination, devices), resume=resume, hessians=keep_hessians)
     if run is None:
-        if resume or activations != "device":
-            raise ValueError("--resume and --activations are for models that a row of the table describes; this one has none.")
+        if resume or activations != "device" or keep_hessians or mesh:
+            means = "--resume, --activations, --mesh and --keep-hessians"
+            raise ValueError(f"{means} are for models that a row of the table describes; this one has none.")
         run = _traced(directory)
     calib = tokens(data, directory, samples=samples, length=length, seed=seed)
-    with progress("Quantizing blocks") as advance:
+    with progress("Quantizing blocks", shown=not out.quiet) as advance:
         report = run(calib, config, destination, progress=lambda done, total, _: advance(done, total))
     out.print(report.table(report.worst(5)), highlight=False)
     out.print(
@@ -129,14 +140,14 @@ def say(engine: str, found: Any, name: str) -> None:
     out.print(f"{engine} loads {name}, as far as the quantization is concerned.", highlight=False)
 
 
-def _runtime(activations: str, destination: Path) -> Runtime:
-    """The means of a run whose activations wait there."""
+def _runtime(activations: str, destination: Path, mesh: Mesh | None) -> Runtime:
+    """The means of a run on these devices whose activations wait there."""
     from gptq_fn_interop.activations import on_disk
     from gptq_fn_interop.runtime import default_runtime
     from gptq_fn_interop.staging import unfinished
 
-    stores = {"device": ON_DEVICE, "host": ON_HOST, "disk": on_disk(unfinished(destination) / "activations")}
-    return replace(default_runtime(), store=stores[activations])
+    stores = {"device": ON_DEVICE, "host": ON_HOST, "disk": on_disk(unfinished(destination) / f"activations-{jax.process_index()}")}
+    return replace(default_runtime(), store=stores[activations], mesh=mesh)
 
 
 def _described(directory: Path, config: QuantConfig, **means: Any) -> Callable[..., Report] | None:

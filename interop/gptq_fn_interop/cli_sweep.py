@@ -61,7 +61,7 @@ def sweep(
         rule: Exceptions by name, as in gptq-fn quantize; what the kept run left alone has to be left alone.
         save: Write every linear of every setting to this file, FILE.json or FILE.csv.
     """
-    from gptq_fn_interop import kept
+    from gptq_fn_interop import sweep
     from gptq_fn_interop.hub import local
 
     if save is not None and save.suffix not in (".json", ".csv"):
@@ -70,7 +70,7 @@ def sweep(
     bases = [QuantConfig(bits=b, group_size=g, damp=d, order=o, sym=sym, grid=grid) for b, g, d, o in settings]
     configs = [replace(base, rules=tuple(parse_rule(text, base) for text in rule)) for base in bases]
     with progress("Solving from Hessians") as advance:
-        reports = kept.sweep(local(source), hessians, configs, progress=advance)
+        reports = sweep.sweep(local(source), hessians, configs, progress=advance)
     out.print(table(reports))
     if save is not None:
         _save(save, reports)
@@ -78,14 +78,18 @@ def sweep(
 
 
 def table(reports: Sequence[Report]) -> Table:
-    """A row for each setting: what it costs, what it loses, and the linears that lose most."""
-    found = Table("bits", "groups", "damp", "order", "bits a weight", "error", "worst linears, by block")
-    for report in reports:
-        config = report.config
+    """A row for each setting: what differs between them, what it costs, what it loses, and the linears that lose most."""
+    settings = {
+        "bits": [str(report.config.bits) for report in reports],
+        "groups": ["row" if report.config.group_size is None else str(report.config.group_size) for report in reports],
+        "damp": ["auto" if report.config.damp is None else f"{report.config.damp:g}" for report in reports],
+        "order": [report.config.order for report in reports],
+    }
+    shown = {key: cells for key, cells in settings.items() if key in ("bits", "groups") or len(set(cells)) > 1}
+    found = Table(*shown, "bits a weight", "error", "worst linears")
+    for cells, report in zip(zip(*shown.values(), strict=True), reports, strict=True):
         worst = "\n".join(f"{short(x.name)} {x.error:.3f}" for x in report.worst(2))
-        damp = "auto" if config.damp is None else f"{config.damp:g}"
-        group = "row" if config.group_size is None else str(config.group_size)
-        found.add_row(str(config.bits), group, damp, config.order, f"{report.bits_per_weight:.2f}", f"{report.error:.4f}", worst)
+        found.add_row(*cells, f"{report.bits_per_weight:.2f}", f"{report.error:.4f}", worst)
     return found
 
 

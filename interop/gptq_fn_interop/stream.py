@@ -3,7 +3,8 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ from gptq_fn.check import Shapes
 from gptq_fn.kernels import pack_roles
 from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.gptq_format import described_by, quantization_config, unpackable, zeros_version
+from gptq_fn_interop.kept import KeptHessians, keep_hessians
 from gptq_fn_interop.overlap import ahead, behind
 from gptq_fn_interop.params import Tensors, dense_shapes, read_block, read_params, read_top, write_block, write_params, write_top
-from gptq_fn_interop.resume import begin, complete, files_of, identity
+from gptq_fn_interop.processes import by_first, first, meet, mine
+from gptq_fn_interop.resume import Block, begin, blocks_of, complete, files_of, identity
 from gptq_fn_interop.runtime import default_runtime
 from gptq_fn_interop.shards import SHARD_BYTES, assemble, write_json, write_parts
-from gptq_fn_interop.staging import claimed, complete_blocks, link, staged, taking_its_place
+from gptq_fn_interop.staging import claimed, complete_blocks, link, staged, taking_its_place, unfinished
 
 COMPANIONS = (
     "generation_config.json",
@@ -75,6 +78,7 @@ def quantize_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     runtime: Runtime | None = None,
     resume: bool = False,
+    hessians: str | Path | None = None,
 ) -> Report:
     """Quantize the checkpoint in `source` and write it, in the GPTQ format, to `destination`.
 
@@ -82,36 +86,68 @@ def quantize_checkpoint(
     block is computed the next one is read and the one before is written. The destination appears when it is complete.
     A run that fails or is killed leaves its complete blocks in a hidden directory beside it, if there are any; the same
     call with `resume` continues from them and writes what it would have written without the failure, byte for byte, but for
-    the seconds in report.json. Raises ValueError or OSError in a sentence, before any work where the checkpoint, the config,
-    the tokens or the destination are at fault.
+    the seconds in report.json. `hessians` is a directory in which all Hessians are kept, for `sweep`. Raises ValueError or
+    OSError in a sentence, before any work where the checkpoint, the config, the tokens or the destination are at fault.
+
+    Processes that share a mesh each call this with the same arguments, and with one file system: each writes some of the blocks,
+    and the first one all else.
     """
     config, runtime = config or QuantConfig(), runtime or default_runtime()
     checkpoint, spec = open_source(source, config, spec)
     check_tokens(calib, checkpoint.shapes[spec.embedding][0])
 
-    with claimed(destination, resume=resume) as aside:
-        done = begin(aside, identity(checkpoint, spec, calib, config, runtime, shard_bytes))
-        with _resumable(aside, len(spec.blocks)), taking_its_place(aside, destination) as result:
-            outside: list[Path] = []
+    with ExitStack() as stack:
+        aside = by_first(lambda: stack.enter_context(claimed(destination, resume=resume))) or unfinished(destination)
+        run = identity(checkpoint, spec, calib, config, runtime, shard_bytes)
+        by_first(lambda: begin(aside, run))
+        done, outside = blocks_of(aside), list[Path]()
+        with (
+            _resumable(aside, len(spec.blocks)),
+            _keeping(source, hessians, runtime, done, resume=resume) as (runtime, settle),
+        ):
 
             def write(i: int | None, tensors: Iterator[tuple[str, np.ndarray]], reports: tuple[LinearReport, ...]) -> None:
-                if i is None:
+                if i is None and first():
                     outside.extend(write_parts(aside, "outside", tensors, shard_bytes))
-                else:
+                elif i is not None and mine(i):
+                    settle()  # a block that is complete is not computed again
                     complete(aside, i, tensors, reports, shard_bytes)
 
             quantized, embedding, report = quantize_tensors(
                 spec, checkpoint, calib, config, write, progress, runtime, [(block.tensors, block.reports) for block in done]
             )
-            parts = [*files_of(aside, len(spec.blocks)), *outside]
-            for part in parts:
-                link(part, result / part.name)  # so that the blocks stay until all is well
-            assemble([result / part.name for part in parts], result, shard_bytes)
-            described = checkpoint.config if spec.origin is None else model_config(quantized)
-            describe(result, described, embedding, report)
-            write_json(result / "report.json", report.as_dict())
-            copy_companions(Path(source), result)
+
+            def finish() -> None:
+                parts = [*files_of(aside, len(spec.blocks)), *outside]
+                with taking_its_place(aside, destination) as result:
+                    for part in parts:
+                        link(part, result / part.name)  # so that the blocks stay until all is well
+                    assemble([result / part.name for part in parts], result, shard_bytes)
+                    described = checkpoint.config if spec.origin is None else model_config(quantized)
+                    describe(result, described, embedding, report)
+                    write_json(result / "report.json", report.as_dict())
+                    copy_companions(Path(source), result)
+
+            meet()  # every process has written its blocks
+            by_first(finish)
     return report
+
+
+@contextmanager
+def _keeping(
+    source: str | Path, hessians: str | Path | None, runtime: Runtime, done: Sequence[Block], *, resume: bool
+) -> Iterator[tuple[Runtime, Callable[[], None]]]:
+    """The runtime, which keeps Hessians where there is a directory for them, and what waits until those so far are on the disk.
+
+    Raises ValueError where those of complete blocks are not there.
+    """
+    if hessians is None:
+        yield runtime, lambda: None
+        return
+    with keep_hessians(source, hessians, resume=resume) as keeper:
+        if done:
+            KeptHessians(hessians).require(x.name for block in done for x in block.reports)
+        yield replace(runtime, observe=keeper), keeper.settle
 
 
 @contextmanager
@@ -157,7 +193,7 @@ def quantize_tensors(
         embedding = top["embed"]["weight"].dtype
         batches = embed_batches(spec, top, calib, runtime, compute_dtype(jnp.dtype(embedding)))
         if plan is None:  # what lies outside the blocks is not needed any more, and large
-            later(partial(write, None, write_top(spec, _on_one_device(top), zeros), ()))
+            later(partial(write, None, write_top(spec, top, zeros), ()))
             top = {}
         for i, (_, found) in enumerate(done):
             batches = run_block(spec.blocks[i], next(params), batches, runtime=runtime)
@@ -165,18 +201,13 @@ def quantize_tensors(
         rest = quantize_blocks(spec, params, batches, config, runtime=runtime, first=len(done))
         for i, (p, found, after) in enumerate(rest, len(done)):
             batches = after
-            later(partial(write, i, write_block(spec, i, _on_one_device(p), zeros), found))
+            later(partial(write, i, write_block(spec, i, p, zeros), found))
             told(i, found)
         if plan is not None:
             spec, top, found = quantize_head(spec, top, batches, config, runtime=runtime)
-            later(partial(write, None, write_top(spec, _on_one_device(top), zeros), found))
+            later(partial(write, None, write_top(spec, top, zeros), found))
             reports.extend(found)
     return spec, embedding, Report(config, tuple(reports))
-
-
-def _on_one_device(params: Any) -> Any:
-    """Arrays of which every device holds the whole, as one of this process's devices has them: one alone is to pack them."""
-    return jax.tree.map(lambda a: a.addressable_data(0), params)
 
 
 def open_source(source: str | Path, config: QuantConfig, spec: ModelSpec | None = None) -> tuple[Checkpoint, ModelSpec]:
