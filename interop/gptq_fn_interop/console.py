@@ -10,8 +10,8 @@ problems = Console(stderr=True)
 
 
 @contextmanager
-def progress(title: str):
-    """A progress bar with an estimate; yields a function of (done, total)."""
+def progress(title: str, *, shown: bool = True):
+    """A progress bar with an estimate, if it is to be shown; yields a function of (done, total)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -20,7 +20,7 @@ def progress(title: str):
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=problems) as bar:
+    with Progress(*columns, console=problems, disable=not shown) as bar:
         task = bar.add_task(title, total=None)
 
         def advance(done: int, total: int) -> None:

@@ -59,15 +59,22 @@ def identity(
     return json.loads(json.dumps(found))
 
 
-def begin(aside: Path, run: Mapping[str, Any]) -> list[Block]:
-    """The complete blocks in the directory of an unfinished run; where there are none, a new run is begun there.
+def begin(aside: Path, run: Mapping[str, Any]) -> None:
+    """Begin a run in this directory, or make it ready for the unfinished one there to be continued.
 
-    Raises ValueError, telling what differs, where the blocks are those of another run than `run`.
+    Raises ValueError, telling what differs, where its complete blocks are those of another run than `run`.
     """
-    if complete_blocks(aside):
+    if done := complete_blocks(aside):
         _require_same(aside, json.loads((aside / RUN).read_text("utf-8")), run)
     else:
         _write_whole(aside / RUN, run)
+    for path in aside.glob(RECORD.replace("{:05}", "*")):  # of several processes, one may have been ahead of another
+        if path.name >= RECORD.format(done):
+            path.unlink()
+
+
+def blocks_of(aside: Path) -> list[Block]:
+    """The complete blocks, from the first on."""
     return [_block(aside, i) for i in range(complete_blocks(aside))]
 
 
