@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from gptq_fn import Hessian
 from gptq_fn_interop.checkpoint import Checkpoint, read_json
+from gptq_fn_interop.processes import by_first, first
 from gptq_fn_interop.shards import write_json
 from gptq_fn_interop.tensor_files import READ, Entry, headers, read, write
 
@@ -43,7 +44,7 @@ class Keeper:
     def __call__(self, names: Sequence[str], h: Hessian) -> None:
         """Have this Hessian written. Raises OSError where an earlier one could not be."""
         folded, rows = fold(h.xx), int(h.rows)
-        if jax.process_index() == 0:
+        if first():
             if len(self._written) >= AHEAD:
                 self._written[-AHEAD].result()
             path = self._directory / f"{names[0]}{SUFFIX}"
@@ -64,8 +65,7 @@ def keep_hessians(source: str | Path, directory: str | Path, *, resume: bool = F
     a file cannot be written.
     """
     directory, model = Path(directory), _identity(Checkpoint(source))
-    if jax.process_index() == 0:
-        _claim(directory, source, model, resume=resume)
+    by_first(lambda: _claim(directory, source, model, resume=resume))
     with ThreadPoolExecutor(1, "hessians") as thread:
         keeper = Keeper(directory, thread)
         yield keeper
