@@ -2,6 +2,8 @@
 
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ class _Leaf(NamedTuple):
     sharding: Any
     part: tuple[int, ...]
     offsets: dict[Any, int]
+    committed: bool
+    """Whether it has to stay on its devices; one that has not is on JAX's default device."""
 
 
 class _Waiting:
@@ -33,10 +37,10 @@ class _Waiting:
         for leaf in leaves:
             shards = leaf.addressable_shards
             offsets = {shard.device: end + n * shards[0].data.nbytes for n, shard in enumerate(shards)}
-            self._leaves.append(_Leaf(leaf.shape, leaf.dtype, leaf.sharding, shards[0].data.shape, offsets))
+            self._leaves.append(_Leaf(leaf.shape, leaf.dtype, leaf.sharding, shards[0].data.shape, offsets, leaf.committed))
             end += len(shards) * shards[0].data.nbytes
         self._written = pool.submit(_write, path, leaves)
-        weakref.finalize(self, _remove, path, self._written)
+        weakref.finalize(self, self._written.add_done_callback, partial(_remove, path))
 
     def block_until_ready(self) -> "_Waiting":
         """Wait until the file is written, as `jax.block_until_ready` does. Raises OSError where it cannot be."""
@@ -79,10 +83,13 @@ def _read(file: Any, leaf: _Leaf) -> jax.Array:
         file.seek(offset)
         if file.readinto(part.reshape(-1).view(np.uint8).data) < part.nbytes:
             raise OSError(f"{file.name} is shorter than what was written to it; the disk may be full or faulty.")
+        if not leaf.committed:
+            return jax.device_put(part)
         parts.append(jax.device_put(part, device))
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
 
 
 def _remove(path: Path, written: Any) -> None:
-    """Remove the file, also where writing it failed."""
-    written.add_done_callback(lambda _: path.unlink(missing_ok=True))
+    """Remove a file that nobody waits for, whether it could be written or not."""
+    with suppress(OSError):
+        path.unlink()
