@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from gptq_fn_interop.activations import on_disk
 from gptq_fn_interop.calib import tokens
 from gptq_fn_interop.engines import refusals
 from gptq_fn_interop.evaluation import Evaluation, evaluate
@@ -34,6 +35,7 @@ __all__ = [
     "inspect",
     "keep_hessians",
     "load_gptq",
+    "on_disk",
     "quantize_checkpoint",
     "quantize_model",
     "quantize_traced",
