@@ -1,5 +1,6 @@
 """Uniform grids: where the 2^bits levels of a group of weights lie."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -46,17 +47,19 @@ def find_grid(w: Float[Array, "out group"], *, bits: int, sym: bool, method: Sea
     if method == "minmax":
         return widest
 
-    def try_factor(best: tuple[Grid, Array], factor: Array) -> tuple[tuple[Grid, Array], None]:
-        grid = _grid_over(factor * low, factor * high, bits, sym)
-        error = ((decode(encode(w, grid, bits), grid) - w) ** 2).sum(1)
-        better = error < best[1]
-        return (
-            Grid(*(jnp.where(better, new, old) for new, old in zip(grid, best[0], strict=True))),
-            jnp.where(better, error, best[1]),
-        ), None
+    def shrunk(factor: Float[Array, "*out"], low: Float[Array, " out"], high: Float[Array, " out"]) -> Grid:
+        return _grid_over(factor * low, factor * high, bits, sym)
 
-    start = (widest, jnp.full(len(w), jnp.inf, w.dtype))
-    return jax.lax.scan(try_factor, start, jnp.asarray(_FACTORS, w.dtype))[0][0]
+    def error(w: Float[Array, "out group"], low: Float[Array, " out"], high: Float[Array, " out"], factor: Float[Array, ""]) -> Array:
+        grid = shrunk(factor, low, high)
+        return ((decode(encode(w, grid, bits), grid) - w) ** 2).sum(1)
+
+    # GPUs try all factors in one kernel; CPUs are faster one after the other, while the weights are in a cache.
+    factors = jnp.asarray(_FACTORS, w.dtype)
+    errors = jax.lax.platform_dependent(
+        w, low, high, cpu=lambda *of: jax.lax.map(partial(error, *of), factors), default=lambda *of: jax.vmap(partial(error, *of))(factors)
+    )
+    return shrunk(factors[jnp.argmin(errors, 0)], low, high)  # of equals, the first
 
 
 def _grid_over(low: Float[Array, " out"], high: Float[Array, " out"], bits: int, sym: bool) -> Grid:

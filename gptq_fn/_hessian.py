@@ -6,6 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gptq_fn._product import product
+
+_WIDEST, _MULTIPLE = 4096, 128
+"""Inputs whose products with each other are one matrix product; of more, those above the diagonal are computed, in
+blocks whose widths are multiples that matrix units like, and mirrored."""
+
 
 class Hessian(NamedTuple):
     """`xx` is the sum over rows of x x^T, in float32; its scale cancels in `solve`, so it is not divided by `rows`."""
@@ -29,9 +35,32 @@ def add_rows(h: Hessian, x: Float[Array, "*rows in"], keep: Bool[Array, "*rows"]
     if keep is not None:
         x = jnp.where(keep.reshape(-1, 1), x, jnp.zeros((), x.dtype))
         rows = keep.sum(dtype=jnp.int32)
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    xx = jax.lax.dot_general(x, x, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-    return Hessian(h.xx + xx, h.rows + rows)
+    return Hessian(_add_gram(h.xx, x), h.rows + rows)
+
+
+def _add_gram(xx: Float[Array, "in in"], x: Float[Array, "rows in"]) -> Float[Array, "in in"]:
+    """xx + x^T x, block after block into `xx`, which may be donated; exactly symmetric where there is more than one block."""
+    n = len(xx)
+    parts = -(-n // _WIDEST)
+    if parts == 1:
+        return xx + _product(x, x)
+    width = -(-n // (parts * _MULTIPLE)) * _MULTIPLE
+    blocks = [slice(start, min(start + width, n)) for start in range(0, n, width)]
+    for i, rows in enumerate(blocks):
+        for columns in blocks[i:]:
+            block = xx[rows, columns] + _product(x[:, rows], x[:, columns])
+            if columns == rows:
+                xx = xx.at[rows, rows].set(jnp.triu(block) + jnp.triu(block, 1).T)
+            else:
+                xx = xx.at[rows, columns].set(block).at[columns, rows].set(block.T)
+    return xx
+
+
+def _product(x: Float[Array, "rows n"], y: Float[Array, "rows m"]) -> Float[Array, "n m"]:
+    """x^T y in float32."""
+    if x.dtype == jnp.float32:
+        return product(x.T, y)
+    return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def merge(a: Hessian, b: Hessian) -> Hessian:

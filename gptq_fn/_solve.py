@@ -17,10 +17,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from gptq_fn._config import QuantConfig
 from gptq_fn._grid import SCALE_DTYPE, Grid, decode, encode, find_grid
 from gptq_fn._hessian import Hessian
+from gptq_fn._product import product
 from gptq_fn._quantized import QuantizedLinear
 
 _PANEL, _STRIP = 128, 16
 """Columns whose updates stay inside a block: the panel fits the second level of cache, the strip the first."""
+_LEAF = 1024
+"""Columns that are rounded panel after panel. Wider matrices are halved, so that most updates are wide products."""
+_BASE = 1024
+"""Columns of a triangle that is inverted by substitution; wider ones are inverted by halves."""
 _SMALLEST_DAMP, _LARGEST_DAMP = 0.01, 1.0
 
 Find = Callable[[Float[Array, "columns out"], Int[Array, ""]], Grid]
@@ -60,18 +65,17 @@ def factor(h: Hessian, config: QuantConfig) -> Factor:
     dead = diagonal <= 0
     mean = jnp.where(dead.all(), 1.0, diagonal.sum() / jnp.maximum((~dead).sum(), 1).astype(diagonal.dtype))
     order = _processing_order(diagonal, config)
-    live = jnp.where(dead, mean, diagonal)[order]
     noise = jnp.clip(n / jnp.maximum(h.rows, 1).astype(mean.dtype), _SMALLEST_DAMP, _LARGEST_DAMP)
     first = noise if config.damp is None else config.damp
-    xx = h.xx[order][:, order]
+    # A lower Cholesky factor of the columns from last to first is R with rows and columns from last to first.
+    back = order[::-1]
+    xx, live, turn = h.xx[back][:, back], jnp.where(dead, mean, diagonal)[back], jnp.arange(n)
 
     def attempt(damp: Float[Array, ""]) -> Float[Array, "in in"]:
-        damped = xx.at[jnp.arange(n), jnp.arange(n)].set(live + damp * mean)
-        reversed_lower = jnp.linalg.cholesky(damped[::-1, ::-1])
-        return jax.scipy.linalg.solve_triangular(reversed_lower[::-1, ::-1], jnp.eye(n, dtype=xx.dtype))
+        return jnp.linalg.cholesky(xx.at[turn, turn].set(live + damp * mean), symmetrize_input=False)
 
-    def usable(upper: Float[Array, "in in"]) -> Bool[Array, ""]:
-        return jnp.isfinite(upper).all() & (jnp.diagonal(upper) > 0).all()  # an infinite Hessian has an inverse of zeros
+    def usable(triangle: Float[Array, "in in"]) -> Bool[Array, ""]:
+        return jnp.isfinite(triangle).all() & (jnp.diagonal(triangle) > 0).all()
 
     def failed(state: tuple[Array, Array]) -> Bool[Array, ""]:
         return ~usable(state[1]) & (state[0] < _LARGEST_DAMP)
@@ -81,8 +85,20 @@ def factor(h: Hessian, config: QuantConfig) -> Factor:
         return damp, attempt(damp)
 
     untried = jnp.asarray(-1.0, xx.dtype), jnp.zeros_like(xx)  # nothing usable, so that the loop holds the only attempt
-    damp, upper = jax.lax.while_loop(failed, again, untried)
-    return Factor(upper, dead, order, jnp.where(usable(upper), damp, jnp.nan))
+    damp, lower = jax.lax.while_loop(failed, again, untried)
+    upper = _inverse(lower)[::-1, ::-1]
+    return Factor(upper, dead, order, jnp.where(usable(lower) & usable(upper), damp, jnp.nan))
+
+
+def _inverse(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The inverse of a lower triangular matrix, by halves: a third of the work of substitution, most of it in products."""
+    n = len(lower)
+    if n <= _BASE:
+        return jax.scipy.linalg.solve_triangular(lower, jnp.eye(n, dtype=lower.dtype), lower=True)
+    half = n // 2
+    first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
+    below = -product(last, product(lower[half:, :half], first))
+    return jnp.block([[first, jnp.zeros((half, n - half), lower.dtype)], [below, last]])
 
 
 def _processing_order(importance: Float[Array, " in"], config: QuantConfig) -> Int[Array, " in"]:
@@ -196,8 +212,8 @@ def _round_columns(
     """Codes [columns, out], scaled errors [columns, out] and the grids that `find` chose [blocks, out].
 
     `widths` are those of nested blocks, each a divisor of the one before; `block` is one of them: the one at whose entry
-    `find` chooses a grid. Blocks of the last width are left to `round_block`. The program's size does not depend on the
-    number of columns.
+    `find` chooses a grid. Blocks of the last width are left to `round_block`. The program grows with the columns only by
+    the halves that they are cut into.
     """
 
     def visit(w: Array, upper: Array, first: Array, grid: Grid | None, widths: tuple[int, ...]) -> tuple[Array, tuple[Array, Grid | None]]:
@@ -219,18 +235,28 @@ def _round_columns(
     return codes, errors, grids
 
 
-def _sweep(w: Array, upper: Array, size: int, part: Callable[[Array, Array, Array], tuple[Array, Any]]) -> tuple[Array, Any]:
+def _sweep(
+    w: Array, upper: Array, size: int, part: Callable[[Array, Array, Array], tuple[Array, Any]], first: int = 0
+) -> tuple[Array, Any]:
     """What `part` makes of every `size` columns of `w`, one part after the other.
 
     `part` is called with the columns, the factor's square on them and the position of their first one, and returns their
-    scaled errors, which are then subtracted from all columns behind, and anything else.
+    scaled errors, which are then subtracted from all columns behind, and anything else. `first` is added to positions.
     """
+    if len(w) == size:
+        return part(w, upper, jnp.asarray(first))
+    if len(w) > _LEAF:
+        half = _round_up(-(-len(w) // 2), size)
+        before = _sweep(w[:half], upper[:half, :half], size, part, first)
+        rest = w[half:] - product(upper[:half, half:].T, before[0])
+        after = _sweep(rest, upper[half:, half:], size, part, first + half)
+        return jax.tree.map(lambda *halves: jnp.concatenate(halves), before, after)
 
     def step(w: Array, start: Array) -> tuple[Array, tuple[Array, Any]]:
         mine = jax.lax.dynamic_slice_in_dim(w, start, size)
         rows = jax.lax.dynamic_slice_in_dim(upper, start, size)  # zero before the part: `upper` is triangular
-        errors, rest = part(mine, jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1), start)
-        update = rows.T * errors if size == 1 else jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST)
+        errors, rest = part(mine, jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1), first + start)
+        update = rows.T * errors if size == 1 else product(rows.T, errors)
         return w - update, (errors, rest)
 
     found = jax.lax.scan(step, w, jnp.arange(0, len(w), size))[1]

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptq_fn import Hessian, add_rows, empty, merge
+from gptq_fn import Hessian, _hessian, add_rows, empty, merge
 from gptq_fn.testing import activations
 
 ROWS, IN = 24, 16
@@ -36,6 +36,22 @@ def test_rows_may_be_split_and_merged(x, cut):
     for split in (hessian(a, b), merge(hessian(a), hessian(b)), merge(hessian(b), hessian(a))):
         assert_same(hessian(x), split)
     assert_same(hessian(x), hessian(x.reshape(4, 6, IN)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@given(x=activations(9, 300, whole=True))
+@settings(max_examples=5)
+def test_wide_inputs_are_multiplied_block_by_block(dtype, x):
+    """Blocks of 128, 128 and 44 inputs: exact sums of whole numbers are the same, and others exactly symmetric."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_hessian, "_WIDEST", 128)
+        exact = np.asarray(x.astype(dtype), np.float64)
+        h = add_rows(add_rows(empty(300), x.astype(dtype)), x.astype(dtype))
+        np.testing.assert_array_equal(h.xx, 2 * exact.T @ exact)
+        other = add_rows(h, jnp.sin(x).astype(dtype)).xx
+        np.testing.assert_array_equal(other, other.T)
+        rest = np.asarray(jnp.sin(x).astype(dtype), np.float64)
+        np.testing.assert_allclose(other, 2 * exact.T @ exact + rest.T @ rest, rtol=1e-6, atol=1e-5)
 
 
 @given(x=whole)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracle import Following, gptq, problem, processing_order
 
-from gptq_fn import Hessian, QuantConfig, QuantizedLinear, dequantize, factor, round_to_nearest, solve
+from gptq_fn import Hessian, QuantConfig, QuantizedLinear, _solve, dequantize, factor, round_to_nearest, solve
 from gptq_fn.testing import activations, assert_equal_up_to_ties, hessian_of, hessians, weights
 
 # Inputs for each group size: groups narrower and wider than the panel of 128 columns, ragged last groups, one group.
@@ -155,6 +156,29 @@ def test_the_factor_inverts_the_damped_hessian(x, config):
     np.testing.assert_array_equal(u, np.triu(u))
     np.testing.assert_allclose(u @ damped @ u.T, np.eye(IN), atol=1e-3)
     assert float(f.damp) == np.float32(damp_of(h, config))
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 100])
+def test_triangles_are_inverted_by_halves(n, monkeypatch):
+    """As exactly as by substitution, however badly conditioned."""
+    monkeypatch.setattr(_solve, "_BASE", 8)
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=(2 * n, n)) * 10.0 ** rng.uniform(-3, 3, n) + 10 * rng.normal(size=(2 * n, 1))
+    lower = np.linalg.cholesky(x.T @ x + 1e-3 * np.eye(n)).astype(np.float32)
+    exact = np.linalg.inv(lower.astype(np.float64))
+    by_substitution = jax.scipy.linalg.solve_triangular(jnp.asarray(lower), jnp.eye(n), lower=True)
+    found, usual = (np.abs(a - exact).max() / np.abs(exact).max() for a in (_solve._inverse(jnp.asarray(lower)), by_substitution))
+    assert found <= 4 * max(usual, np.finfo(np.float32).eps)
+    np.testing.assert_array_equal(np.triu(_solve._inverse(jnp.asarray(lower)), 1), 0)
+
+
+@pytest.mark.parametrize("config", [QuantConfig(4, 16, sym=False), QuantConfig(3, None, order="act")], ids=name)
+def test_wide_weights_are_solved_by_halves(config, monkeypatch):
+    monkeypatch.setattr(_solve, "_LEAF", 128)
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(OUT, 440)), jnp.float32)
+    h = hessian_of(jnp.asarray(rng.normal(size=(900, 440)) + rng.normal(size=(900, 4)) @ rng.normal(size=(4, 440)), jnp.float32))
+    assert_textbook(solve(w, factor(h, config), config)[0], w, h, config)  # no other test compiles this shape
 
 
 @given(w=weights(OUT, IN), x=activations(IN // 3, IN))
