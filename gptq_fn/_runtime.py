@@ -55,7 +55,11 @@ class Runtime:
     """Rounds a block of columns of the weights that are solved; `gptq_fn.kernels.round_block()` is this machine's fastest."""
     tokens_per_call: int | None = None
     """Calibration tokens that pass through a block at once on each device; None means 512 on CPUs, where those of few stay in
-    cache, and 8192 elsewhere. A sample is never cut."""
+    cache, and 8192 elsewhere. A sample is never cut.
+
+    It changes results by float rounding only, which codes amplify: one that flips at a tie changes what all later linears see. In
+    a random model of four blocks of width 256, 64 tokens instead of 2048 changed no code of the first block in float32 and 2 % in
+    bfloat16, up to 9 % of those of later blocks, and the error of no linear by more than 0.33 %. So do more devices."""
     mesh: Mesh | None = None
     """The devices that share the work, as `data_mesh` makes it, of one process or of several that all do the same; None means
     JAX's default device. Samples, rows of weights and experts are divided among them."""
