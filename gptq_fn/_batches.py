@@ -6,13 +6,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from gptq_fn._mesh import PARTS, WHOLE, placed, size, split
+from gptq_fn._programs import program
 from gptq_fn._runtime import Runtime
 from gptq_fn.model.decoder import embed
 from gptq_fn.spec import ModelSpec
@@ -67,7 +67,7 @@ def embed_batches(
     return batches
 
 
-@partial(jax.jit, static_argnames=("spec", "dtype", "mesh"))
+@partial(program, static_argnames=("spec", "dtype", "mesh"))
 def _embed(spec: ModelSpec, top: Mapping[str, Any], ids: Array, dtype: jnp.dtype | None, mesh: Mesh | None) -> Array:
     def run(top: Mapping[str, Any], ids: Array) -> Array:
         x = embed(spec, top, ids)

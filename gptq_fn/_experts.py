@@ -16,16 +16,17 @@ from gptq_fn._config import QuantConfig
 from gptq_fn._hessian import Hessian, add_rows, empty
 from gptq_fn._linears import Solved, alike, report_of, require_sound, solve_together
 from gptq_fn._mesh import AXIS, PARTS, WHOLE, added, adding, size, split, together, zeros
+from gptq_fn._programs import program
 from gptq_fn._quantized import QuantizedLinear
 from gptq_fn._report import LinearReport
 from gptq_fn._runtime import Runtime
-from gptq_fn._solve import Factor, RoundBlock
+from gptq_fn._solve import Factor, RoundBlock, factor
 from gptq_fn.model.block import BlockParams
 from gptq_fn.model.ffn import expand
 from gptq_fn.model.moe import Route, expert_params
 from gptq_fn.spec import MoeSpec, Tap
 
-HESSIAN_BYTES = 2 * 2**30
+HESSIAN_BYTES = 2**30
 """Memory for the Hessians of experts that are solved together."""
 
 
@@ -97,7 +98,7 @@ def _empties(experts: int, inputs: int) -> Hessian:
     return jax.tree.map(lambda a: jnp.repeat(a[None], experts, 0), empty(inputs))
 
 
-@partial(jax.jit, static_argnames=("spec", "inner", "everything", "mesh"), donate_argnums=1)
+@partial(program, static_argnames=("spec", "inner", "everything", "mesh"), donate_argnums=1)
 def _add(
     spec: MoeSpec,
     h: Hessian,
@@ -121,7 +122,7 @@ def _add(
     return adding(all_of, mesh, (WHOLE, PARTS, PARTS, PARTS, WHOLE))(h, experts, x, keep, to, first)[0]
 
 
-@partial(jax.jit, static_argnames=("mesh", "parts"))
+@partial(program, static_argnames=("mesh", "parts"))
 def _picked(h: Hessian, n: np.int32 | Array, mesh: Mesh | None, parts: P) -> Hessian:
     """The Hessian of the expert with this number, on all devices."""
     if mesh is None or parts == WHOLE:
@@ -168,14 +169,18 @@ def _expert(n: Any, stacked: Any) -> Any:
     return jax.tree.map(lambda a: a[n], stacked)
 
 
-@partial(jax.jit, static_argnames=("config", "round_block", "mesh", "parts"))
+@partial(program, static_argnames=("config", "round_block", "mesh", "parts"))
 def _solve(
     weights: Sequence[Array], h: Hessian, config: QuantConfig, round_block: RoundBlock, mesh: Mesh | None, parts: P
 ) -> tuple[Factor, Array, list[Solved]]:
     """The factor of each expert, but for its matrix, the tokens that reached it, and its linears solved."""
 
+    def one(weights: Sequence[Array], h: Hessian) -> tuple[Factor, list[Solved]]:
+        f = factor(h, config)
+        return f, solve_together(weights, f, h, config, round_block)
+
     def here(weights: Sequence[Array], h: Hessian) -> tuple[Factor, Array, list[Solved]]:
-        f, solved = jax.vmap(lambda weights, h: solve_together(weights, h, config, round_block=round_block))(weights, h)
+        f, solved = jax.vmap(one)(weights, h)
         return together((f._replace(upper=None), h.rows, solved), mesh if parts == PARTS else None)
 
     return split(here, mesh, parts, WHOLE)(weights, h)

@@ -15,10 +15,12 @@ from jaxtyping import Array, Bool, Float
 from gptq_fn._config import QuantConfig
 from gptq_fn._hessian import Hessian
 from gptq_fn._mesh import WHOLE, part, placed, split, together
+from gptq_fn._product import product
+from gptq_fn._programs import program
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport
 from gptq_fn._runtime import Runtime
-from gptq_fn._solve import Factor, RoundBlock, factor, round_in_loops, round_to_nearest, solve
+from gptq_fn._solve import Factor, RoundBlock, factor_by, round_in_loops, round_to_nearest, solve
 
 
 def quantize_linears(
@@ -26,7 +28,7 @@ def quantize_linears(
     h: Hessian,
     plan: Mapping[str, QuantConfig],
     *,
-    factor: Callable[[Hessian, QuantConfig], Factor] = factor,
+    factor: Callable[[Hessian, QuantConfig], Factor] | None = None,
     runtime: Runtime | None = None,
 ) -> Iterator[tuple[str, QuantizedLinear, LinearReport]]:
     """Each of these linears quantized, with its report; `h` is the Hessian of the input that they share.
@@ -37,7 +39,7 @@ def quantize_linears(
     ValueError naming the linear for weights that are not finite or too large, that have another width than `h`, and for a
     Hessian that cannot be factorized.
     """
-    rows, runtime = int(h.rows), runtime or Runtime()
+    runtime = runtime or Runtime()
     linears, h = placed((dict(linears), h), runtime.mesh, WHOLE)
     for config, names in alike(plan).items():
         began = time.perf_counter()
@@ -47,14 +49,16 @@ def quantize_linears(
                 f"{names[0]}: its weight has {weights[0].shape[1]} inputs but {len(h.xx)} features enter it. "
                 "Weights are [out, in]; a Conv1D checkpoint needs stored='in_out' in its LinearSpec."
             )
-        f, solved = solve_together(weights, h, config, factor, runtime.round_block, runtime.mesh)
-        for name, one in zip(names, solved, strict=True):
-            require_sound(name, one.sound)
+        f = _factor(h, config, runtime.mesh) if factor is None else placed(factor(h, config), runtime.mesh, WHOLE)
+        solved = _solve(tuple(weights), f, h, config, runtime.round_block, runtime.mesh)
+        f, rows, told = jax.device_get((f._replace(upper=None), h.rows, [(one.losses, one.sound) for one in solved]))
+        for name, (_, sound) in zip(names, told, strict=True):
+            require_sound(name, sound)
         seconds, whole = time.perf_counter() - began, sum(len(w) for w in weights)
-        for name, one in zip(names, solved, strict=True):
+        for name, one, (losses, _) in zip(names, solved, told, strict=True):
             linear = one.q.with_bias(linears[name].get("bias"))
             share = seconds * linear.shape[0] / whole
-            yield name, linear, report_of(name, config, linear.shape, one.losses, f, rows, share)
+            yield name, linear, report_of(name, config, linear.shape, losses, f, int(rows), share)
 
 
 def alike(plan: Mapping[str, QuantConfig]) -> dict[QuantConfig, list[str]]:
@@ -89,27 +93,22 @@ class Solved(NamedTuple):
     sound: Sound
 
 
+@partial(program, static_argnames=("config", "mesh"))
+def _factor(h: Hessian, config: QuantConfig, mesh: Mesh | None) -> Factor:
+    """The factor of `h`, whole on each device of a mesh, which share its large products."""
+
+    def share(a: Array, b: Array) -> Array:
+        return together(product(part(a, mesh), b), mesh)[: len(a)]
+
+    return split(partial(factor_by, share, config=config), mesh, WHOLE, WHOLE)(h)
+
+
 def solve_together(
-    weights: Sequence[Array],
-    h: Hessian,
-    config: QuantConfig,
-    factor: Callable[[Hessian, QuantConfig], Factor] = factor,
-    round_block: RoundBlock = round_in_loops,
-    mesh: Mesh | None = None,
-) -> tuple[Factor, list[Solved]]:
-    """The factor of `h`, and each weight [out, in] that reads its input quantized, as rows of one matrix.
-
-    Each device of a mesh has the factor and solves as many of the rows.
-    """
-    f = placed(factor(h, config), mesh, WHOLE)
-    return f, _solve(tuple(weights), f, h, config, round_block, mesh)
-
-
-@partial(jax.jit, static_argnames=("config", "round_block", "mesh"))
-def _solve(
-    weights: tuple[Array, ...], f: Factor, h: Hessian, config: QuantConfig, round_block: RoundBlock, mesh: Mesh | None
+    weights: Sequence[Array], f: Factor, h: Hessian, config: QuantConfig, round_block: RoundBlock = round_in_loops, mesh: Mesh | None = None
 ) -> list[Solved]:
-    def rows_of(weights: tuple[Array, ...], f: Factor, h: Hessian) -> tuple[QuantizedLinear, Float[Array, "rows 3"]]:
+    """Each weight [out, in] that reads the input of `h` quantized, as rows of one matrix; each device of a mesh solves as many."""
+
+    def rows_of(weights: Sequence[Array], f: Factor, h: Hessian) -> tuple[QuantizedLinear, Float[Array, "rows 3"]]:
         w = part(jnp.concatenate([weight.astype(jnp.float32) for weight in weights]), mesh)
         rounded = round_to_nearest(w, config)
         q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, solve(w, f, config, round_block)[0])
@@ -131,6 +130,9 @@ def _solve(
 def _energy(e: Float[Array, "out in"], xx: Float[Array, "in in"]) -> Float[Array, " out"]:
     """e xx e^T of each row, as exactly as a device multiplies fastest: about 1e-4 with TF32, which is all that reports tell."""
     return (jnp.matmul(e, xx, precision=jax.lax.Precision.DEFAULT) * e).sum(-1)
+
+
+_solve = program(solve_together, static_argnames=("config", "round_block", "mesh"))
 
 
 def require_sound(name: str, sound: Sound) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gptq_fn._programs import program
+
 AXIS = "data"
 """The one axis of a run's mesh: over it lie the samples of a batch, then the rows of a weight, then the experts of a block."""
 
@@ -81,7 +83,7 @@ def added(sums: Any, mesh: Mesh | None, parts: P = WHOLE) -> Any:
     return sums if mesh is None else _added(sums, mesh, parts)
 
 
-@partial(jax.jit, static_argnames=("mesh", "parts"))
+@partial(program, static_argnames=("mesh", "parts"))
 def _added(sums: Any, mesh: Mesh, parts: P) -> Any:
     def one(a: jax.Array) -> jax.Array:
         return jax.lax.psum(a[0], AXIS) if parts == WHOLE else jax.lax.psum_scatter(a[0], AXIS, tiled=True)
@@ -94,7 +96,7 @@ def gathered(parts: Any, mesh: Mesh | None) -> Any:
     return parts if mesh is None else _gathered(parts, mesh)
 
 
-@partial(jax.jit, static_argnames="mesh")
+@partial(program, static_argnames="mesh")
 def _gathered(parts: Any, mesh: Mesh) -> Any:
     return split(partial(together, mesh=mesh), mesh, (PARTS,), WHOLE)(parts)
 

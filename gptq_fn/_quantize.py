@@ -18,6 +18,7 @@ from gptq_fn._experts import quantize_experts
 from gptq_fn._hessian import Hessian, add_rows, empty
 from gptq_fn._linears import quantize_linears
 from gptq_fn._mesh import PARTS, WHOLE, added, adding, gathered, local, placed, split, zeros
+from gptq_fn._programs import program
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
 from gptq_fn._runtime import Runtime
@@ -145,7 +146,7 @@ _BEFORE_HEAD = ("final_norm", "project_out")
 """The roles that `head_input` reads."""
 
 
-@partial(jax.jit, static_argnames=("spec", "mesh"))
+@partial(program, static_argnames=("spec", "mesh"))
 def _head_input(spec: ModelSpec, top: Mapping[str, Any], x: Array, mesh: Mesh | None) -> Array:
     return split(partial(head_input, spec), mesh, (WHOLE, PARTS), PARTS)(top, x)
 
@@ -275,22 +276,22 @@ def _dequantized(q: QuantizedLinear, dtype: jnp.dtype) -> dict[str, Array]:
     return {"weight": weight} if q.bias is None else {"weight": weight, "bias": q.bias}
 
 
-@partial(jax.jit, static_argnames="dtype")
+@partial(program, static_argnames="dtype")
 def _dequantize(q: QuantizedLinear, dtype: jnp.dtype) -> Array:
     return dequantize(q).astype(dtype)
 
 
-@partial(jax.jit, static_argnames=("spec", "mesh"))
+@partial(program, static_argnames=("spec", "mesh"))
 def _enter(spec: BlockSpec, p: BlockParams, x: Array, mesh: Mesh | None) -> State:
     return split(partial(enter, spec), mesh, (WHOLE, PARTS), PARTS)(p, x)
 
 
-@partial(jax.jit, static_argnames=("spec", "stop", "mesh"))
+@partial(program, static_argnames=("spec", "stop", "mesh"))
 def _advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop, mesh: Mesh | None) -> State:
     return split(lambda p, state: advance(spec, p, state, stop)[0], mesh, (WHOLE, PARTS), PARTS)(p, state)
 
 
-@partial(jax.jit, static_argnames="mesh", donate_argnums=0)
+@partial(program, static_argnames="mesh", donate_argnums=0)
 def _add(
     h: Hessian, x: Float[Array, "samples time features"], keep: Bool[Array, "samples time"], mesh: Mesh | None
 ) -> tuple[Hessian, Bool[Array, " samples"]]:

@@ -53,12 +53,21 @@ class Factor(NamedTuple):
     damp: Float[Array, ""]
 
 
+Multiply = Callable[[Float[Array, "n k"], Float[Array, "k m"]], Float[Array, "n m"]]
+
+
 @partial(jax.jit, static_argnames="config")
 def factor(h: Hessian, config: QuantConfig) -> Factor:
+    """The factor of the damped inverse Hessian, with columns in the order that `config` asks for: see `factor_by`."""
+    return factor_by(product, h, config)
+
+
+def factor_by(multiply: Multiply, h: Hessian, config: QuantConfig) -> Factor:
     """The factor of the damped inverse Hessian, with columns in the order that `config` asks for.
 
     One Cholesky is enough: with H = R R^T and R upper triangular (a Cholesky from the last column to the first),
-    U = R^-1 satisfies H^-1 = U^T U. Damping starts where `config` says and doubles until the factor is finite.
+    U = R^-1 satisfies H^-1 = U^T U. Damping starts where `config` says and doubles until the factor is finite. The large
+    products of float32 matrices are those of `multiply`.
     """
     n = len(h.xx)
     diagonal = jnp.diagonal(h.xx)
@@ -86,18 +95,18 @@ def factor(h: Hessian, config: QuantConfig) -> Factor:
 
     untried = jnp.asarray(-1.0, xx.dtype), jnp.zeros_like(xx)  # nothing usable, so that the loop holds the only attempt
     damp, lower = jax.lax.while_loop(failed, again, untried)
-    upper = _inverse(lower)[::-1, ::-1]
+    upper = _inverse(lower, multiply)[::-1, ::-1]
     return Factor(upper, dead, order, jnp.where(usable(lower) & usable(upper), damp, jnp.nan))
 
 
-def _inverse(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
+def _inverse(lower: Float[Array, "n n"], multiply: Multiply) -> Float[Array, "n n"]:
     """The inverse of a lower triangular matrix, by halves: a third of the work of substitution, most of it in products."""
     n = len(lower)
     if n <= _BASE:
         return jax.scipy.linalg.solve_triangular(lower, jnp.eye(n, dtype=lower.dtype), lower=True)
     half = n // 2
-    first, last = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
-    below = -product(last, product(lower[half:, :half], first))
+    first, last = _inverse(lower[:half, :half], multiply), _inverse(lower[half:, half:], multiply)
+    below = -multiply(last, multiply(lower[half:, :half], first))
     return jnp.block([[first, jnp.zeros((half, n - half), lower.dtype)], [below, last]])
 
 

@@ -134,20 +134,24 @@ def to_tensors(q: QuantizedLinear, zeros: Zeros) -> dict[str, np.ndarray]:
 
     Codes that lie on an accelerator become words there. Raises ValueError for what the format cannot hold.
     """
-    out, inputs = q.codes.shape[-2:]
-    if reason := unpackable((out, inputs), q.bits):
-        raise ValueError(reason)
     if zeros == "v1" and not bool(q.zero.all()):
         raise ValueError("A zero point of 0 cannot be stored in a version 1 checkpoint; write gptq_v2.")
-    on_host = all(device.platform == "cpu" for device in jnp.asarray(q.codes).devices())
-    qweight, qzeros = (_words_on_host if on_host else _words_on_device)(q.codes, q.zero, q.bits, zeros)
-    tensors = {
-        "qweight": np.ascontiguousarray(qweight),
-        "qzeros": np.ascontiguousarray(qzeros),
-        "scales": np.ascontiguousarray(np.asarray(q.scale).swapaxes(-1, -2)),
-        "g_idx": np.asarray(q.group_of).astype(np.int32),
-    }
-    return tensors if q.bias is None else {**tensors, "bias": np.asarray(q.bias)}
+    return {key: np.ascontiguousarray(array) for key, array in words(q, zeros).items()}
+
+
+def words(q: QuantizedLinear, zeros: Zeros) -> dict[str, Any]:
+    """`to_tensors` without the look at zero points, where the codes are: on an accelerator its arrays are not waited for."""
+    if reason := unpackable((q.codes.shape[-2], q.codes.shape[-1]), q.bits):
+        raise ValueError(reason)
+    qweight, qzeros = (_words_on_host if on_host(q) else _words_on_device)(q.codes, q.zero, q.bits, zeros)
+    xp = np if on_host(q) else jnp
+    tensors = {"qweight": qweight, "qzeros": qzeros, "scales": xp.swapaxes(q.scale, -1, -2), "g_idx": xp.asarray(q.group_of, np.int32)}
+    return tensors if q.bias is None else {**tensors, "bias": xp.asarray(q.bias)}
+
+
+def on_host(q: QuantizedLinear) -> bool:
+    """Whether the codes lie in the host's memory."""
+    return all(device.platform == "cpu" for device in jnp.asarray(q.codes).devices())
 
 
 def _words_on_host(codes: Any, zero: Any, bits: int, zeros: Zeros) -> tuple[np.ndarray, np.ndarray]:

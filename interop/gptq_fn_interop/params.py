@@ -11,7 +11,7 @@ from gptq_fn import BlockSpec, LinearSpec, ModelSpec, QuantizedLinear
 from gptq_fn.check import numbered
 from gptq_fn.model.linear import Joined, Product
 from gptq_fn_interop import fused
-from gptq_fn_interop.gptq_format import FLOATS, TENSORS, Zeros, from_tensors, require_linear, scheme_of, to_tensors
+from gptq_fn_interop.gptq_format import FLOATS, TENSORS, Zeros, from_tensors, on_host, require_linear, scheme_of, to_tensors, words
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -94,6 +94,17 @@ def write_block(spec: ModelSpec, i: int, p: Mapping[str, Any], zeros: Zeros) -> 
             yield from _write(p[linear.role], prefix + linear.name, zeros, copies, transposed=transposed)
 
 
+def under_way(p: Mapping[str, Any], zeros: Zeros) -> dict[str, Any]:
+    """A block for `write_block`, to be called before a device has other work: what it holds becomes words there and is sent off.
+
+    Whoever writes then does not wait until the device comes to it between two pieces of that work.
+    """
+    ready = {role: words(leaf, zeros) if isinstance(leaf, QuantizedLinear) and not on_host(leaf) else leaf for role, leaf in p.items()}
+    for array in jax.tree.leaves(ready):
+        array.copy_to_host_async()
+    return ready
+
+
 def dense_shapes(
     shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec, described: Mapping[str, Any] | None = None
 ) -> dict[str, tuple[int, ...]]:
@@ -159,7 +170,11 @@ def _each(name: str, tensors: Mapping[str, np.ndarray], copies: int | None) -> I
 
 def _still_fused(block: BlockSpec, p: Mapping[str, Any]) -> list[Any]:
     """The fused tensors of which no part was quantized."""
-    return [whole for whole in block.fused if not any(isinstance(p[role], QuantizedLinear) for role in whole.roles)]
+
+    def dense(leaf: Any, key: str) -> bool:
+        return isinstance(leaf, Mapping) and key in leaf
+
+    return [whole for whole in block.fused if all(dense(p[role], whole.leaf) for role in whole.roles)]
 
 
 def _write(leaf: Any, name: str, zeros: Zeros, copies: int | None = None, *, transposed: bool = False) -> Iterator[tuple[str, np.ndarray]]:

@@ -37,7 +37,7 @@ from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.gptq_format import described_by, quantization_config, unpackable, zeros_version
 from gptq_fn_interop.kept import KeptHessians, keep_hessians
 from gptq_fn_interop.overlap import ahead, behind
-from gptq_fn_interop.params import Tensors, dense_shapes, read_block, read_params, read_top, write_block, write_params, write_top
+from gptq_fn_interop.params import Tensors, dense_shapes, read_block, read_params, read_top, under_way, write_block, write_params, write_top
 from gptq_fn_interop.processes import by_first, first, meet, mine
 from gptq_fn_interop.resume import Block, begin, blocks_of, complete, files_of, identity
 from gptq_fn_interop.runtime import default_runtime
@@ -65,6 +65,11 @@ Progress = Callable[[int, int, tuple[LinearReport, ...]], None]
 
 Write = Callable[[int | None, Iterator[tuple[str, np.ndarray]], tuple[LinearReport, ...]], None]
 """Takes the tensors of a block, by its number, and its reports; for None the tensors outside the blocks."""
+
+
+_READING = partial(jax.profiler.annotate_function, name="read a block")
+_WRITING = partial(jax.profiler.annotate_function, name="write a block")
+"""The names that these tasks have in a profile."""
 
 
 def quantize_checkpoint(
@@ -179,8 +184,8 @@ def quantize_tensors(
     """
     runtime, zeros, blocks = runtime or default_runtime(), zeros_version(config), len(spec.blocks)
     described, plan, reports = described_by(config, head=False), head_plan(spec, config), []
-    sources = [partial(read_block, spec, i, mine, described) for i, (mine, _) in enumerate(done)]
-    sources += [partial(read_block, spec, i, tensors) for i in range(len(done), blocks)]
+    sources = [_READING(partial(read_block, spec, i, mine, described)) for i, (mine, _) in enumerate(done)]
+    sources += [_READING(partial(read_block, spec, i, tensors)) for i in range(len(done), blocks)]
 
     def told(i: int, found: tuple[LinearReport, ...]) -> None:
         reports.extend(found)
@@ -201,7 +206,8 @@ def quantize_tensors(
         rest = quantize_blocks(spec, params, batches, config, runtime=runtime, first=len(done))
         for i, (p, found, after) in enumerate(rest, len(done)):
             batches = after
-            later(partial(write, i, write_block(spec, i, p, zeros), found))
+            tensors_of_block = write_block(spec, i, under_way(p, zeros), zeros)
+            later(_WRITING(partial(write, i, tensors_of_block, found)))
             told(i, found)
         if plan is not None:
             spec, top, found = quantize_head(spec, top, batches, config, runtime=runtime)

@@ -20,6 +20,7 @@ from gptq_fn import Hessian, LinearReport, QuantConfig, QuantizedLinear, Report,
 from gptq_fn_interop.capture import evaluating, hollow, input_of, is_linear, run_block, weight_of
 from gptq_fn_interop.gptq_format import unpackable
 from gptq_fn_interop.qlinear import QuantLinear
+from gptq_fn_interop.runtime import default_runtime
 from gptq_fn_interop.shards import SHARD_BYTES
 from gptq_fn_interop.staging import require_vacant, staged
 from gptq_fn_interop.stored import stored_names
@@ -150,7 +151,7 @@ def _quantize_stage(
         floats[name] = {"weight": to_jax(weight_of(linear).float())} | ({} if bias is None else {"bias": to_jax(bias)})
     linears, reports = dict(step.linears), list(step.reports)
     with threadpool_limits(1, "blas"):  # as in `quantize_checkpoint`
-        for name, q, report in quantize_linears(floats, h, {name: plan[name] for name in names}):
+        for name, q, report in quantize_linears(floats, h, {name: plan[name] for name in names}, runtime=default_runtime()):
             linears[name] = q
             reports.append(report)
             _swap(model.get_submodule(name), to_torch(dequantize(q)), swaps)
