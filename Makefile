@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu table lint wheel clean
+.PHONY: demo test test-slow test-gpu table lint wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
@@ -15,6 +15,9 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n auto
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto -m slow
 
 test-gpu:
 	python3 -m pytest -m gpu

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny import save_tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,7 @@ def test_demo_on_a_small_model(tmp_path: Path) -> None:
     assert (tmp_path / "build" / "tiny-llama-gptq-4bit" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_sweep_draws_a_picture(tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "tiny-llama")
     said = run("examples/sweep.py", "--model", model, "--build", tmp_path, "--bits", "4", "--group-size", "128", "--samples", "2")

@@ -94,6 +94,7 @@ def test_hessians_are_kept_by_the_linears_that_share_them(done: tuple[Path, Repo
     assert not list((done[0] / "kept").glob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_several_settings_share_what_they_can(source: Path, done: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch) -> None:
     eight = Rule(".*[.]0[.]mlp", QuantConfig(8, 32, grid="minmax", damp=0.5))
     rules = (Rule("(?!.*down_proj)"), eight)
@@ -167,6 +168,7 @@ def test_a_directory_is_not_written_over_unless_a_run_goes_on(source: Path, copi
     assert len(KeptHessians(copied)) == 5
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_leaves_the_hessians_of_its_complete_blocks(source: Path, tmp_path: Path) -> None:
     def stop(done: int, *_: object) -> None:
         if done == 2:
@@ -187,6 +189,7 @@ def test_a_run_that_is_cut_off_leaves_the_hessians_of_its_complete_blocks(source
     assert_same(sweep(source, tmp_path / "kept", [CONFIG])[0], expected)
 
 
+@pytest.mark.slow
 def test_the_command_keeps_and_sweeps(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept, rules = str(tmp_path / "kept"), ("--rule", ".*(v|o|gate|up)_proj => skip")
     options = ("--group-size", "32", "--grid", "minmax", *rules, "--samples", "8", "--length", "32")

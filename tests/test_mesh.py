@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 UNOPTIMIZED = "--xla_backend_optimization_level=0"
 
 
+@pytest.mark.slow
 def test_eight_devices_find_what_one_finds() -> None:
     """Up to ties: a Hessian is summed in another order."""
     done = subprocess.run([sys.executable, HERE / "mesh_runs.py"], capture_output=True, text=True, timeout=400)
@@ -41,6 +42,7 @@ def test_eight_devices_find_what_one_finds() -> None:
         assert 0 <= samples - len(batch["samples"]) < 8
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     source = save_tiny_llama(tmp_path / "source")
     told = {"XLA_FLAGS": UNOPTIMIZED, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}

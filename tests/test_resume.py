@@ -95,6 +95,7 @@ def test_two_runs_write_the_same_bytes(source, whole, tmp_path):
     assert differing(whole, tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_runs_that_were_killed_continue_to_the_same_bytes(source, whole, tmp_path, programs):
     chance, cut = random.Random(0), tmp_path / "cut"
     arguments = (source, cut, TOKENS, CONFIG, programs)
@@ -114,6 +115,7 @@ def test_runs_that_were_killed_continue_to_the_same_bytes(source, whole, tmp_pat
     assert differing(whole, cut) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(1, BLOCKS + 1))
 def test_a_run_continues_from_any_block(source, whole, tmp_path, block):
     told = interrupted(source, tmp_path / "out", block)
@@ -126,6 +128,7 @@ def test_a_run_continues_from_any_block(source, whole, tmp_path, block):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_seconds_of_finished_blocks_are_those_of_their_run(source, tmp_path):
     interrupted(source, tmp_path / "out", 2)
     before = json.loads((tmp_path / ".out.unfinished/block-00001.json").read_text())["linears"]
@@ -149,6 +152,7 @@ MODELS: dict[str, tuple[Any, torch.dtype, QuantConfig]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_read_back_is_what_was_computed(name, tmp_path):
     described, dtype, config = MODELS[name]
@@ -229,6 +233,7 @@ def test_a_full_disk_is_told_and_the_run_continues(source, whole, tmp_path, monk
     assert differing(whole, tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_a_source_that_shrinks_is_told_and_the_run_continues(source, whole, tmp_path):
     here = copied(source, tmp_path / "in")
     content = (here / "model.safetensors").read_bytes()
@@ -253,6 +258,7 @@ def test_one_run_at_a_time(source, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command_continues(source, tmp_path, capsys, monkeypatch):
     command = ["quantize", str(source), str(tmp_path / "out"), *OPTIONS]
 
@@ -273,6 +279,7 @@ def test_the_command_continues(source, tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_activations_that_wait_on_disk_change_nothing(source, whole, tmp_path):
     store, seen = on_disk(tmp_path / "waiting"), []
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oracle import Following, gptq, problem, processing_order
 
 from gptq_fn import Hessian, QuantConfig, QuantizedLinear, _solve, dequantize, factor, round_to_nearest, solve
+from gptq_fn._product import product
 from gptq_fn.testing import activations, assert_equal_up_to_ties, hessian_of, hessians, weights
 
 # Inputs for each group size: groups narrower and wider than the panel of 128 columns, ragged last groups, one group.
@@ -167,9 +168,9 @@ def test_triangles_are_inverted_by_halves(n, monkeypatch):
     lower = np.linalg.cholesky(x.T @ x + 1e-3 * np.eye(n)).astype(np.float32)
     exact = np.linalg.inv(lower.astype(np.float64))
     by_substitution = jax.scipy.linalg.solve_triangular(jnp.asarray(lower), jnp.eye(n), lower=True)
-    found, usual = (np.abs(a - exact).max() / np.abs(exact).max() for a in (_solve._inverse(jnp.asarray(lower)), by_substitution))
+    found, usual = (np.abs(a - exact).max() / np.abs(exact).max() for a in (_solve._inverse(jnp.asarray(lower), product), by_substitution))
     assert found <= 4 * max(usual, np.finfo(np.float32).eps)
-    np.testing.assert_array_equal(np.triu(_solve._inverse(jnp.asarray(lower)), 1), 0)
+    np.testing.assert_array_equal(np.triu(_solve._inverse(jnp.asarray(lower), product), 1), 0)
 
 
 @pytest.mark.parametrize("config", [QuantConfig(4, 16, sym=False), QuantConfig(3, None, order="act")], ids=name)
