@@ -33,6 +33,8 @@ from tiny import save_tiny_llama
 
 from gptq_fn import QuantConfig, Quantized, QuantizedLinear, Report, spec_from_config
 
+pytestmark = pytest.mark.slow
+
 register()
 
 KINDS = {  # those of AutoGPTQ's table, less moss, which transformers does not have; and some that came later
