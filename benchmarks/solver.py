@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from gptq_fn_kernels.jax import columns
 
-from gptq_fn import Hessian, QuantConfig, add_rows, empty, factor, solve
+from gptq_fn import Factor, Hessian, QuantConfig, add_rows, empty, factor, solve
 from gptq_fn._linears import solve_together
-from gptq_fn._solve import Factor, RoundBlock, round_in_loops
+from gptq_fn._solve import RoundBlock, round_in_loops
 from gptq_fn.kernels import round_block
 
 

@@ -2,6 +2,7 @@
 
 from gptq_fn._batches import Batch, Samples, embed_batches
 from gptq_fn._config import QuantConfig, Rule
+from gptq_fn._factor import Factor, factor
 from gptq_fn._grid import Grid, decode, encode, find_grid
 from gptq_fn._hessian import Hessian, add_rows, empty, merge
 from gptq_fn._linears import quantize_linears
@@ -10,7 +11,7 @@ from gptq_fn._quantize import Quantized, head_plan, quantize, quantize_block, qu
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
 from gptq_fn._runtime import ON_DEVICE, ON_HOST, Runtime, Store
-from gptq_fn._solve import Factor, factor, round_to_nearest, solve
+from gptq_fn._solve import round_to_nearest, solve
 from gptq_fn.check import check
 from gptq_fn.families import FAMILIES, spec_from_config
 from gptq_fn.model.block import block

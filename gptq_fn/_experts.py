@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool
 
 from gptq_fn._config import QuantConfig
+from gptq_fn._factor import Factor, factor
 from gptq_fn._hessian import Hessian, add_rows, empty
 from gptq_fn._linears import Solved, alike, report_of, require_sound, solve_together
 from gptq_fn._mesh import AXIS, PARTS, WHOLE, added, adding, size, split, together, zeros
@@ -20,7 +21,7 @@ from gptq_fn._programs import program
 from gptq_fn._quantized import QuantizedLinear
 from gptq_fn._report import LinearReport
 from gptq_fn._runtime import Runtime
-from gptq_fn._solve import Factor, RoundBlock, factor
+from gptq_fn._solve import RoundBlock
 from gptq_fn.model.block import BlockParams
 from gptq_fn.model.ffn import expand
 from gptq_fn.model.moe import Route, expert_params

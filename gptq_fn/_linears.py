@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from gptq_fn._config import QuantConfig
+from gptq_fn._factor import Factor, factor_by
 from gptq_fn._hessian import Hessian
 from gptq_fn._mesh import WHOLE, part, placed, split, together
 from gptq_fn._product import product
@@ -20,7 +21,7 @@ from gptq_fn._programs import program
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport
 from gptq_fn._runtime import Runtime
-from gptq_fn._solve import Factor, RoundBlock, factor_by, round_in_loops, round_to_nearest, solve
+from gptq_fn._solve import RoundBlock, round_in_loops, round_to_nearest, solve
 
 
 def quantize_linears(

@@ -1,4 +1,4 @@
-"""GPTQ on one weight matrix (Frantar et al. 2022, arXiv 2210.17323): factor the Hessian, then round column by column.
+"""GPTQ on one weight matrix (Frantar et al. 2022, arXiv 2210.17323): rounding column by column.
 
 Columns are rounded in an order of our choice. The rounding error of a column, divided by the diagonal of the inverse
 factor, is subtracted from all columns not rounded yet, along that column's row of the factor (the paper's equation 3
@@ -8,15 +8,15 @@ taken when its block is entered, from weights that have every earlier update.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from gptq_fn._config import QuantConfig
+from gptq_fn._factor import Factor
 from gptq_fn._grid import SCALE_DTYPE, Grid, decode, encode, find_grid
-from gptq_fn._hessian import Hessian
 from gptq_fn._product import product
 from gptq_fn._quantized import QuantizedLinear
 
@@ -24,10 +24,6 @@ _PANEL, _STRIP = 128, 16
 """Columns whose updates stay inside a block: the panel fits the second level of cache, the strip the first."""
 _LEAF = 1024
 """Columns that are rounded panel after panel. Wider matrices are halved, so that most updates are wide products."""
-_BASE = 1024
-"""Columns of a triangle that is inverted by substitution; wider ones are inverted by halves."""
-_SMALLEST_DAMP, _LARGEST_DAMP = 0.01, 1.0
-
 Find = Callable[[Float[Array, "columns out"], Int[Array, ""]], Grid]
 """The grid [1, out] of a block of weights, or the grids [columns, out] of its columns, from these weights and the position of
 their first column."""
@@ -38,88 +34,6 @@ Rounded = tuple[UInt8[Array, "columns out"], Float[Array, "columns out"]]
 RoundBlock = Callable[[Float[Array, "columns out"], Float[Array, "columns columns"], Grid, int], Rounded]
 """Rounds a block of columns, each after it has the updates of those before it, from the weights, the factor's square on these
 columns, their grid [1, out] or grids [columns, out], and the bits. Hashable: it is part of the key of a compiled program."""
-
-
-class Factor(NamedTuple):
-    """What `solve` needs of a Hessian H: `upper` with (H + damping)^-1 = upper^T upper, in processing order.
-
-    `order[p]` is the stored column that is processed p-th; `dead` marks, in stored order, inputs that were always 0;
-    `damp` is the damping that was used, relative to the mean of H's diagonal; it is not finite if no damping helped.
-    """
-
-    upper: Float[Array, "in in"]
-    dead: Bool[Array, " in"]
-    order: Int[Array, " in"]
-    damp: Float[Array, ""]
-
-
-Multiply = Callable[[Float[Array, "n k"], Float[Array, "k m"]], Float[Array, "n m"]]
-
-
-@partial(jax.jit, static_argnames="config")
-def factor(h: Hessian, config: QuantConfig) -> Factor:
-    """The factor of the damped inverse Hessian, with columns in the order that `config` asks for: see `factor_by`."""
-    return factor_by(product, h, config)
-
-
-def factor_by(multiply: Multiply, h: Hessian, config: QuantConfig) -> Factor:
-    """The factor of the damped inverse Hessian, with columns in the order that `config` asks for.
-
-    One Cholesky is enough: with H = R R^T and R upper triangular (a Cholesky from the last column to the first),
-    U = R^-1 satisfies H^-1 = U^T U. Damping starts where `config` says and doubles until the factor is finite. The large
-    products of float32 matrices are those of `multiply`.
-    """
-    n = len(h.xx)
-    diagonal = jnp.diagonal(h.xx)
-    dead = diagonal <= 0
-    mean = jnp.where(dead.all(), 1.0, diagonal.sum() / jnp.maximum((~dead).sum(), 1).astype(diagonal.dtype))
-    order = _processing_order(diagonal, config)
-    noise = jnp.clip(n / jnp.maximum(h.rows, 1).astype(mean.dtype), _SMALLEST_DAMP, _LARGEST_DAMP)
-    first = noise if config.damp is None else config.damp
-    # A lower Cholesky factor of the columns from last to first is R with rows and columns from last to first.
-    back = order[::-1]
-    xx, live, turn = h.xx[back][:, back], jnp.where(dead, mean, diagonal)[back], jnp.arange(n)
-
-    def attempt(damp: Float[Array, ""]) -> Float[Array, "in in"]:
-        return jnp.linalg.cholesky(xx.at[turn, turn].set(live + damp * mean), symmetrize_input=False)
-
-    def usable(triangle: Float[Array, "in in"]) -> Bool[Array, ""]:
-        return jnp.isfinite(triangle).all() & (jnp.diagonal(triangle) > 0).all()
-
-    def failed(state: tuple[Array, Array]) -> Bool[Array, ""]:
-        return ~usable(state[1]) & (state[0] < _LARGEST_DAMP)
-
-    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        damp = jnp.where(state[0] < 0, first, jnp.clip(2 * state[0], _SMALLEST_DAMP, _LARGEST_DAMP))
-        return damp, attempt(damp)
-
-    untried = jnp.asarray(-1.0, xx.dtype), jnp.zeros_like(xx)  # nothing usable, so that the loop holds the only attempt
-    damp, lower = jax.lax.while_loop(failed, again, untried)
-    upper = _inverse(lower, multiply)[::-1, ::-1]
-    return Factor(upper, dead, order, jnp.where(usable(lower) & usable(upper), damp, jnp.nan))
-
-
-def _inverse(lower: Float[Array, "n n"], multiply: Multiply) -> Float[Array, "n n"]:
-    """The inverse of a lower triangular matrix, by halves: a third of the work of substitution, most of it in products."""
-    n = len(lower)
-    if n <= _BASE:
-        return jax.scipy.linalg.solve_triangular(lower, jnp.eye(n, dtype=lower.dtype), lower=True)
-    half = n // 2
-    first, last = _inverse(lower[:half, :half], multiply), _inverse(lower[half:, half:], multiply)
-    below = -multiply(last, multiply(lower[half:, :half], first))
-    return jnp.block([[first, jnp.zeros((half, n - half), lower.dtype)], [below, last]])
-
-
-def _processing_order(importance: Float[Array, " in"], config: QuantConfig) -> Int[Array, " in"]:
-    """The columns in the order in which they are rounded; `importance` is the Hessian's diagonal."""
-    n = len(importance)
-    if config.order == "natural":
-        return jnp.arange(n)
-    if config.order == "act" or config.group_size is None:
-        return jnp.argsort(-importance, stable=True)
-    group = jnp.arange(n) // config.group_size
-    best = jax.ops.segment_max(importance, group, num_segments=-(-n // config.group_size))
-    return jnp.lexsort((-importance, group, -best[group]))
 
 
 def round_in_loops(w: Float[Array, "columns out"], upper: Float[Array, "columns columns"], grid: Grid, bits: int) -> Rounded:

@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracle import Following, gptq, problem, processing_order
 
-from gptq_fn import Hessian, QuantConfig, QuantizedLinear, _solve, dequantize, factor, round_to_nearest, solve
+from gptq_fn import Hessian, QuantConfig, QuantizedLinear, _factor, _solve, dequantize, factor, round_to_nearest, solve
 from gptq_fn._product import product
 from gptq_fn.testing import activations, assert_equal_up_to_ties, hessian_of, hessians, weights
 
@@ -160,17 +160,26 @@ def test_the_factor_inverts_the_damped_hessian(x, config):
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 100])
-def test_triangles_are_inverted_by_halves(n, monkeypatch):
-    """As exactly as by substitution, however badly conditioned."""
-    monkeypatch.setattr(_solve, "_BASE", 8)
+def test_wide_matrices_are_factorized_by_halves(n, monkeypatch):
+    """As exactly as by Cholesky and substitution, however badly conditioned."""
+    monkeypatch.setattr(_factor, "_BASE", 8)
     rng = np.random.default_rng(n)
     x = rng.normal(size=(2 * n, n)) * 10.0 ** rng.uniform(-3, 3, n) + 10 * rng.normal(size=(2 * n, 1))
-    lower = np.linalg.cholesky(x.T @ x + 1e-3 * np.eye(n)).astype(np.float32)
-    exact = np.linalg.inv(lower.astype(np.float64))
-    by_substitution = jax.scipy.linalg.solve_triangular(jnp.asarray(lower), jnp.eye(n), lower=True)
-    found, usual = (np.abs(a - exact).max() / np.abs(exact).max() for a in (_solve._inverse(jnp.asarray(lower), product), by_substitution))
+    a = x.T @ x
+    a = (a + 1e-5 * np.diag(np.diag(a))).astype(np.float32)
+    exact = np.linalg.inv(np.linalg.cholesky(a.astype(np.float64)))
+    ours = _factor._inverse_root(jnp.tril(jnp.asarray(a)), product)
+    by_substitution = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(jnp.asarray(a)), jnp.eye(n), lower=True)
+    found, usual = (np.abs(u - exact).max() / np.abs(exact).max() for u in (ours, by_substitution))
     assert found <= 4 * max(usual, np.finfo(np.float32).eps)
-    np.testing.assert_array_equal(np.triu(_solve._inverse(jnp.asarray(lower), product), 1), 0)
+    np.testing.assert_array_equal(np.triu(ours, 1), 0)
+
+
+def test_what_is_not_positive_is_not_factorized(monkeypatch):
+    monkeypatch.setattr(_factor, "_BASE", 8)
+    a = np.eye(40, dtype=np.float32)
+    a[30, 30] = -1
+    assert not jnp.isfinite(_factor._inverse_root(jnp.asarray(a), product)).all()
 
 
 @pytest.mark.parametrize("config", [QuantConfig(4, 16, sym=False), QuantConfig(3, None, order="act")], ids=name)

@@ -80,6 +80,9 @@ def write_top(spec: ModelSpec, top: Mapping[str, Any], zeros: Zeros) -> Iterator
 
 def write_block(spec: ModelSpec, i: int, p: Mapping[str, Any], zeros: Zeros) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of block `i`, quantized linears as the five tensors of the format."""
+    for array in jax.tree.leaves(p):
+        if isinstance(array, jax.Array):
+            array.copy_to_host_async()
     block, prefix = spec.blocks[i], spec.prefix.format(i=i)
     yield from ((prefix + name, np.asarray(p[role])) for role, name in block.arrays)
     for slot, name in block.norms:
@@ -95,14 +98,11 @@ def write_block(spec: ModelSpec, i: int, p: Mapping[str, Any], zeros: Zeros) -> 
 
 
 def under_way(p: Mapping[str, Any], zeros: Zeros) -> dict[str, Any]:
-    """A block for `write_block`, to be called before a device has other work: what it holds becomes words there and is sent off.
+    """A block for `write_block`, to be called before a device has other work: what it holds becomes words there.
 
     Whoever writes then does not wait until the device comes to it between two pieces of that work.
     """
-    ready = {role: words(leaf, zeros) if isinstance(leaf, QuantizedLinear) and not on_host(leaf) else leaf for role, leaf in p.items()}
-    for array in jax.tree.leaves(ready):
-        array.copy_to_host_async()
-    return ready
+    return {role: words(leaf, zeros) if isinstance(leaf, QuantizedLinear) and not on_host(leaf) else leaf for role, leaf in p.items()}
 
 
 def dense_shapes(
