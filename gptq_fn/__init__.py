@@ -9,6 +9,7 @@ from gptq_fn._linears import quantize_linears
 from gptq_fn._mesh import data_mesh
 from gptq_fn._quantize import Quantized, head_plan, quantize, quantize_block, quantize_blocks, quantize_head, run_block
 from gptq_fn._quantized import QuantizedLinear, dequantize
+from gptq_fn._refine import descend, refit
 from gptq_fn._report import LinearReport, Report
 from gptq_fn._runtime import ON_DEVICE, ON_HOST, Runtime, Store
 from gptq_fn._solve import round_to_nearest, solve
@@ -81,6 +82,7 @@ __all__ = [
     "data_mesh",
     "decode",
     "dequantize",
+    "descend",
     "embed_batches",
     "empty",
     "encode",
@@ -95,6 +97,7 @@ __all__ = [
     "quantize_blocks",
     "quantize_head",
     "quantize_linears",
+    "refit",
     "round_to_nearest",
     "run_block",
     "solve",

@@ -8,6 +8,7 @@ Bits = Literal[2, 3, 4, 8]
 Order = Literal["natural", "act", "group"]
 Search = Literal["minmax", "mse"]
 Seen = Literal["routed", "all"]
+Refinement = Literal["descent", "refit"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class QuantConfig:
     """Take all scales from the original weights, by stored position, before the first column is rounded."""
     grid: Search = "mse"
     """How a group's scale is chosen: cover the range, or search for the least squared rounding error."""
+    refine: tuple[Refinement, ...] = ()
+    """What follows the pass over the columns, in this order and as often as named: "descent" gives each column in turn its best
+    codes for all others, "refit" gives each row its best scales for its codes. Neither ever raises the error under the Hessian."""
     sequential: bool = True
     """Linears of one block see the rounding errors of those before them."""
     experts: Seen = "routed"
@@ -65,6 +69,9 @@ class QuantConfig:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
+        if not isinstance(self.refine, tuple) or not set(self.refine) <= set(get_args(Refinement)):
+            steps = " and ".join(map(repr, get_args(Refinement)))
+            raise ValueError(f"refine must be a tuple of {steps}, as often as wanted, got {self.refine!r}.")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be positive, or None for one group a row, got {self.group_size}.")
         if self.min_rows < 0:

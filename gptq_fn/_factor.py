@@ -48,17 +48,15 @@ def factor_by(multiply: Multiply, h: Hessian, config: QuantConfig) -> Factor:
     """
     n = len(h.xx)
     diagonal = jnp.diagonal(h.xx)
-    dead = diagonal <= 0
-    mean = jnp.where(dead.all(), 1.0, diagonal.sum() / jnp.maximum((~dead).sum(), 1).astype(diagonal.dtype))
     order = _processing_order(diagonal, config)
-    noise = jnp.clip(n / jnp.maximum(h.rows, 1).astype(mean.dtype), _SMALLEST_DAMP, _LARGEST_DAMP)
+    noise = jnp.clip(n / jnp.maximum(h.rows, 1).astype(diagonal.dtype), _SMALLEST_DAMP, _LARGEST_DAMP)
     first = noise if config.damp is None else config.damp
     # A lower Cholesky factor of the columns from last to first is R with rows and columns from last to first.
     back = order[::-1]
-    xx, live, turn = h.xx[back][:, back], jnp.where(dead, mean, diagonal)[back], jnp.arange(n)
+    xx, turn = h.xx[back][:, back], jnp.arange(n)
 
     def attempt(damp: Float[Array, ""]) -> Float[Array, "in in"]:
-        return _inverse_root(xx.at[turn, turn].set(live + damp * mean), multiply)
+        return _inverse_root(xx.at[turn, turn].set(damped_diagonal(diagonal, damp)[back]), multiply)
 
     def usable(triangle: Float[Array, "in in"]) -> Bool[Array, ""]:
         return jnp.isfinite(triangle).all() & (jnp.diagonal(triangle) > 0).all()
@@ -72,7 +70,14 @@ def factor_by(multiply: Multiply, h: Hessian, config: QuantConfig) -> Factor:
 
     untried = jnp.asarray(-1.0, xx.dtype), jnp.zeros_like(xx)  # nothing usable, so that the loop holds the only attempt
     damp, inverse = jax.lax.while_loop(failed, again, untried)
-    return Factor(inverse[::-1, ::-1], dead, order, jnp.where(usable(inverse), damp, jnp.nan))
+    return Factor(inverse[::-1, ::-1], diagonal <= 0, order, jnp.where(usable(inverse), damp, jnp.nan))
+
+
+def damped_diagonal(diagonal: Float[Array, " in"], damp: Float[Array, ""]) -> Float[Array, " in"]:
+    """The diagonal of a Hessian with damping relative to the mean of what is not 0; what is 0, of dead inputs, is that mean first."""
+    dead = diagonal <= 0
+    mean = jnp.where(dead.all(), 1.0, diagonal.sum() / jnp.maximum((~dead).sum(), 1).astype(diagonal.dtype))
+    return jnp.where(dead, mean, diagonal) + damp * mean
 
 
 def _inverse_root(a: Float[Array, "n n"], multiply: Multiply) -> Float[Array, "n n"]:

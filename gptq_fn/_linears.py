@@ -19,6 +19,7 @@ from gptq_fn._mesh import WHOLE, part, placed, split, together
 from gptq_fn._product import product
 from gptq_fn._programs import program
 from gptq_fn._quantized import QuantizedLinear, dequantize
+from gptq_fn._refine import refine
 from gptq_fn._report import LinearReport
 from gptq_fn._runtime import Runtime
 from gptq_fn._solve import RoundBlock, round_in_loops, round_to_nearest, solve
@@ -112,7 +113,8 @@ def solve_together(
     def rows_of(weights: Sequence[Array], f: Factor, h: Hessian) -> tuple[QuantizedLinear, Float[Array, "rows 3"]]:
         w = part(jnp.concatenate([weight.astype(jnp.float32) for weight in weights]), mesh)
         rounded = round_to_nearest(w, config)
-        q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, solve(w, f, config, round_block)[0])
+        found = refine(solve(w, f, config, round_block)[0], w, h, f.damp, config, round_block)
+        q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, found)
         energies = jnp.stack([_energy(e, h.xx) for e in (w - dequantize(q), w - dequantize(rounded), w)])
         codes, scale, zero, energies = together((q.codes, q.scale, q.zero, energies.T), mesh)
         return QuantizedLinear(codes, scale, zero, q.group_of, q.bits), energies

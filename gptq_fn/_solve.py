@@ -65,7 +65,7 @@ def solve(
     """
     n = w.shape[1]
     w = jnp.where(factor.dead[None], 0.0, w.astype(jnp.float32))
-    width = _group_width(n, config)
+    width = group_width(n, config)
     groups = -(-n // width)
     turn = jnp.arange(n)
     by_place = config.static_groups or config.order == "group"
@@ -106,7 +106,7 @@ def round_to_nearest(w: Float[Array, "out in"], config: QuantConfig) -> Quantize
     w = w.astype(jnp.float32)
     n = w.shape[1]
     grid = _stored_grids(w, config)
-    group = jnp.arange(n, dtype=jnp.int32) // _group_width(n, config)
+    group = jnp.arange(n, dtype=jnp.int32) // group_width(n, config)
     levels = jnp.round(w / grid.scale[:, group]) + grid.zero[:, group]
     codes = jnp.clip(levels, 0, config.max_code).astype(jnp.uint8)
     return QuantizedLinear(codes, grid.scale.astype(SCALE_DTYPE), grid.zero.astype(jnp.uint8), group, config.bits)
@@ -203,7 +203,8 @@ def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _group_width(n: int, config: QuantConfig) -> int:
+def group_width(n: int, config: QuantConfig) -> int:
+    """The columns of a group, of which only the last may have fewer, where a row has `n`."""
     return n if config.group_size is None else min(config.group_size, n)
 
 
@@ -217,7 +218,7 @@ def _spread(rows: Float[Array, "n m"], slot: Int[Array, " n"], size: int) -> Flo
 def _stored_grids(w: Float[Array, "out in"], config: QuantConfig) -> Grid:
     """Scales and zero points [out, groups] of the groups as they lie in the row."""
     out, n = w.shape
-    width = _group_width(n, config)
+    width = group_width(n, config)
     full = jnp.pad(w, ((0, 0), (0, _round_up(n, width) - n))).reshape(-1, width)
     grid = find_grid(full, bits=config.bits, sym=config.sym, method=config.grid)
     return Grid(*(a.reshape(out, -1) for a in grid))
