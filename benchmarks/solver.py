@@ -73,11 +73,12 @@ def gpu(shapes: list[str], runs: int) -> None:
     """The parts of the solver on this GPU, the column loop plain and with its kernel."""
     print(f"{jax.devices()[0]}, jax {jax.__version__}; 4 bits, group 128, symmetric", flush=True)
     rounds, configs = round_block(), (QuantConfig(grid="minmax"), QuantConfig(grid="mse"))
-    for rows in (8, 16, 32):
+    usual = columns.FEW_ROWS, columns.ROWS
+    for rows in (2, 8, 16, 32):
         for out in (4096, 28672):
-            columns.ROWS = rows
+            columns.FEW_ROWS = columns.ROWS = rows
             line(f"100 blocks, 128 x {out}, {rows} rows a program", 5 * runs, partial(_many_blocks(out), jnp.zeros(100)))
-    columns.ROWS = 16
+    columns.FEW_ROWS, columns.ROWS = usual
     for shape in shapes:
         out, n = map(int, shape.split("x"))
         try:

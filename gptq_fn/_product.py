@@ -4,11 +4,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+_WIDE = 1024
+"""From here on in every direction, products of parts are faster than products of float32 where there are matrix units."""
+
 
 def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
-    """a b with float32 products, whatever JAX's default precision is.
+    """a b as exactly as float32 matrices are factorized, whatever JAX's default precision is.
 
-    Three products of TF32 are no substitute: as cuBLAS runs them, the inverse factor of a matrix of 4096 was off by 1.4e-4
-    on an H100, where this is off by 7e-6.
+    GPUs multiply wide matrices as sums of bfloat16 parts, six products for one: on an H100, at a width of 7168, in 6.7 ms
+    instead of 15.1 with a relative error of 8e-6 instead of 1.5e-6. Three products of TF32 are no substitute: the inverse
+    factor of a matrix of 4096 was off by 1.4e-4.
     """
+    if min(*a.shape, *b.shape) < _WIDE:
+        return _whole(a, b)
+    return jax.lax.platform_dependent(a, b, cuda=_in_parts, default=_whole)
+
+
+def _whole(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _in_parts(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    return jax.lax.dot(a, b, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6, preferred_element_type=jnp.float32)

@@ -140,7 +140,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(columns_: int, bits: int
     from gptq_fn_kernels.jax.launch import source_of
     from triton.backends.compiler import GPUTarget
 
-    numbers = columns.constants_of(columns_, 4096, bits, each=each)
+    numbers = columns.constants_of(columns_, 4096, bits, each=each, rows=columns.ROWS)
     inputs = [(name, "*fp32") for name in ("w", "upper", "scale", "zero")]
     source = source_of("columns.round_columns", inputs, ["*u8", "*fp32"], list(numbers.items()))
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptq_fn import BlockSpec, LinearSpec, ModelSpec, QuantizedLinear
+from gptq_fn import ON_HOST, BlockSpec, LinearSpec, ModelSpec, QuantizedLinear
 from gptq_fn.check import numbered
 from gptq_fn.model.linear import Joined, Product
 from gptq_fn_interop import fused
@@ -80,9 +80,6 @@ def write_top(spec: ModelSpec, top: Mapping[str, Any], zeros: Zeros) -> Iterator
 
 def write_block(spec: ModelSpec, i: int, p: Mapping[str, Any], zeros: Zeros) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of block `i`, quantized linears as the five tensors of the format."""
-    for array in jax.tree.leaves(p):
-        if isinstance(array, jax.Array):
-            array.copy_to_host_async()
     block, prefix = spec.blocks[i], spec.prefix.format(i=i)
     yield from ((prefix + name, np.asarray(p[role])) for role, name in block.arrays)
     for slot, name in block.norms:
@@ -98,11 +95,13 @@ def write_block(spec: ModelSpec, i: int, p: Mapping[str, Any], zeros: Zeros) -> 
 
 
 def under_way(p: Mapping[str, Any], zeros: Zeros) -> dict[str, Any]:
-    """A block for `write_block`, to be called before a device has other work: what it holds becomes words there.
+    """A block for `write_block`, to be called before a device has other work: what it holds becomes words there and is sent off.
 
-    Whoever writes then does not wait until the device comes to it between two pieces of that work.
+    Whoever writes then does not wait until the device comes to it between two pieces of that work, and finds arrays that the
+    device wrote to the host's memory itself: fetching others holds Python's lock, so that no thread gives a device work meanwhile.
     """
-    return {role: words(leaf, zeros) if isinstance(leaf, QuantizedLinear) and not on_host(leaf) else leaf for role, leaf in p.items()}
+    away = {role for role, leaf in p.items() if isinstance(leaf, QuantizedLinear) and not on_host(leaf)}
+    return {role: ON_HOST.put(words(leaf, zeros)) if role in away else leaf for role, leaf in p.items()}
 
 
 def dense_shapes(
