@@ -34,15 +34,24 @@ class Batch(NamedTuple):
     """Which tokens count; the others are padding."""
     samples: tuple[int, ...]
     """The numbers of the samples; rows beyond them are padding."""
+    exact: Any = None
+    """What enters the block of the float model, kept like `x`: the float stream, where one runs beside."""
 
 
 def embed_batches(
-    spec: ModelSpec, top: Mapping[str, Any], calib: Samples, runtime: Runtime | None = None, dtype: jnp.dtype | None = None
+    spec: ModelSpec,
+    top: Mapping[str, Any],
+    calib: Samples,
+    runtime: Runtime | None = None,
+    dtype: jnp.dtype | None = None,
+    *,
+    beside: bool = False,
 ) -> list[Batch]:
     """What enters the first block, in batches of about `runtime.tokens` tokens for each device and at least one sample.
 
     Samples of one length are not padded. Others are, to the next power of two, so that a block compiles for few shapes.
     Computation runs in `dtype`, by default that of the embedding. With a mesh, each device holds as many samples of a batch.
+    `beside` begins the float stream, too: both are the same at the first block.
     """
     runtime = runtime or Runtime()
     shell, devices = replace(spec, blocks=()), size(runtime.mesh)
@@ -63,7 +72,8 @@ def embed_batches(
             for row, n in enumerate(mine):
                 ids[row, : len(tokens[n])], keep[row, : len(tokens[n])] = tokens[n], True
             ids, keep = placed((ids, keep), runtime.mesh, PARTS)
-            batches.append(Batch(runtime.store.put(_embed(shell, top, jnp.asarray(ids), dtype, runtime.mesh)), jnp.asarray(keep), mine))
+            x = runtime.store.put(_embed(shell, top, jnp.asarray(ids), dtype, runtime.mesh))
+            batches.append(Batch(x, jnp.asarray(keep), mine, x if beside else None))
     return batches
 
 

@@ -55,6 +55,10 @@ class QuantConfig:
     codes for all others, "refit" gives each row its best scales for its codes. Neither ever raises the error under the Hessian."""
     sequential: bool = True
     """Linears of one block see the rounding errors of those before them."""
+    alpha: float | None = 0.0
+    """How much of what rounding before a linear changed in its inputs the linear itself makes good, from 0 to 1. Unless 0, the float
+    model runs beside, which takes as much time and memory again for activations. None means the best for every eighth sample,
+    which is then held out, with its own factor of the others: for each group of linears that are solved together."""
     experts: Seen = "routed"
     """The calibration tokens that an expert sees: those routed to it, or all of them."""
     min_rows: int = 32
@@ -78,6 +82,8 @@ class QuantConfig:
             raise ValueError(f"min_rows is a number of calibration tokens, got {self.min_rows}.")
         if self.damp is not None and not 0 <= self.damp < 1:
             raise ValueError(f"damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got {self.damp}.")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is a part of the way to the asymmetric target and must lie in [0, 1], got {self.alpha}.")
 
     def resolve(self, name: str, *, usual: bool = True) -> "QuantConfig | None":
         """The configuration of the linear called `name`, without rules; None when it stays as it is.
@@ -88,6 +94,11 @@ class QuantConfig:
             if re.match(rule.pattern, name):
                 return rule.config
         return replace(self, rules=()) if usual else None
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether some linear needs the float model to run beside the quantized one."""
+        return any(config is not None and config.alpha != 0 for config in (self, *(rule.config for rule in self.rules)))
 
     @property
     def max_code(self) -> int:

@@ -1,7 +1,7 @@
 """Quantizing the experts of a block: one program over all of them, each with the Hessian of the tokens routed to it."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
+from gptq_fn._batches import Batch
 from gptq_fn._config import QuantConfig
 from gptq_fn._factor import Factor, factor
-from gptq_fn._hessian import Hessian, add_rows, empty
+from gptq_fn._hessian import Hessian
 from gptq_fn._linears import Solved, alike, report_of, require_sound, solve_together
 from gptq_fn._mesh import AXIS, PARTS, WHOLE, added, adding, size, split, together, zeros
 from gptq_fn._programs import program
@@ -22,21 +23,22 @@ from gptq_fn._quantized import QuantizedLinear
 from gptq_fn._report import LinearReport
 from gptq_fn._runtime import Runtime
 from gptq_fn._solve import RoundBlock
+from gptq_fn._target import Moments, add, no_rows, shares_of, total
 from gptq_fn.model.block import BlockParams
 from gptq_fn.model.ffn import expand
 from gptq_fn.model.moe import Route, expert_params
 from gptq_fn.spec import MoeSpec, Tap
 
 HESSIAN_BYTES = 2**30
-"""Memory for the Hessians of experts that are solved together."""
+"""Memory for the moments of experts that are solved together."""
 
 
 def quantize_experts(
     spec: MoeSpec,
-    p: BlockParams,
+    models: Sequence[BlockParams],
     tap: Tap,
-    states: Sequence[Any],
-    keeps: Sequence[Bool[Array, "_ _"]],
+    streams: Sequence[Sequence[Any]],
+    batches: Sequence[Batch],
     plan: Mapping[str, QuantConfig],
     names: Mapping[str, str],
     runtime: Runtime,
@@ -45,25 +47,29 @@ def quantize_experts(
 
     The experts that are solved together are divided among the devices of a mesh where their number allows it.
 
-    `states` wait in the runtime's store, `keeps` tell which tokens of each count; `names` maps roles to names with "{n}" for
-    the number of the expert.
-    An expert that fewer tokens than the configuration's min_rows reach is rounded to nearest. Raises ValueError as
-    `quantize_linears` does.
+    The states of each of the `streams` wait in the runtime's store, and `models` are the block as each sees it; `names` maps roles
+    to names with "{n}" for the number of the expert.
+    An expert that fewer tokens than the configuration's min_rows reach is rounded to nearest. What the float stream has of a token is
+    compared where the quantized stream routes it. Raises ValueError as `quantize_linears` does.
     """
-    inputs = p[next(iter(plan))]["weight"].shape[-1]
-    limit = max(1, HESSIAN_BYTES // (4 * inputs**2))
+    p, inputs = models[0], models[0][next(iter(plan))]["weight"].shape[-1]
+    begin = partial(no_rows, inputs, plan.values())
+    matrices = sum(a.ndim == 2 for a in jax.tree.leaves(jax.eval_shape(begin)))
+    limit = max(1, HESSIAN_BYTES // (4 * inputs**2 * matrices))
     chunks = [n for n in range(min(limit, spec.experts), 0, -1) if spec.experts % n == 0]
     chunk = next((n for n in chunks if n % size(runtime.mesh) == 0), chunks[0])
     parts = WHOLE if chunk % size(runtime.mesh) else PARTS
     found: dict[str, list[tuple[QuantizedLinear, list[LinearReport]]]] = {role: [] for role in plan}
     seen = next(iter(plan.values())).experts
     for first in range(0, spec.experts, chunk):
-        h = added(_gather(spec, p, tap, states, keeps, inputs, first, chunk, runtime, everything=seen == "all"), runtime.mesh, parts)
+        gathered = _gather(spec, models, tap, streams, batches, begin, first, chunk, runtime, everything=seen == "all")
+        moments = tuple(added(m, runtime.mesh, parts) for m in gathered)
+        h = total(moments).h
         for n in range(chunk if runtime.observe else 0):
             assert runtime.observe
             runtime.observe(tuple(names[role].format(n=first + n) for role in plan), _picked(h, np.int32(n), runtime.mesh, parts))
         for config, roles in alike(plan).items():
-            for role, q, reports in _solve_chunk(p, roles, first, chunk, h, config, names, runtime, parts):
+            for role, q, reports in _solve_chunk(p, roles, first, chunk, moments, config, names, runtime, parts):
                 found[role].append((q, reports))
     for role, chunks in found.items():
         q = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(q for q, _ in chunks))
@@ -72,39 +78,41 @@ def quantize_experts(
 
 def _gather(
     spec: MoeSpec,
-    p: BlockParams,
+    models: Sequence[BlockParams],
     tap: Tap,
-    states: Sequence[Any],
-    keeps: Sequence[Bool[Array, "_ _"]],
-    inputs: int,
+    streams: Sequence[Sequence[Any]],
+    batches: Sequence[Batch],
+    begin: Callable[[], tuple[Moments, ...]],
     first: int,
     chunk: int,
     runtime: Runtime,
     *,
     everything: bool,
-) -> Hessian:
-    """The Hessians of `chunk` experts, with a leading axis, from the tokens routed to each or from all; of a mesh, its terms."""
-    mine = jax.tree.map(lambda a: a[first : first + chunk], expert_params(p))
+) -> list[Moments]:
+    """The moments of `chunk` experts, with a leading axis, from the tokens routed to each or from all; of a mesh, its terms."""
+    mine = tuple(jax.tree.map(lambda a: a[first : first + chunk], expert_params(p)) for p in models)
     inner = tap == "expert_down_in"
-    h = zeros(partial(_empties, chunk, inputs), runtime.mesh)
-    for waiting, keep in zip(states, keeps, strict=True):
-        state = runtime.store.get(waiting)
-        x = state.held["experts_in"] if inner else state.taps["mlp_in"]
-        to = Route(*state.held["route"])
-        h = _add(spec, h, mine, x, keep, to, np.int32(first), inner=inner, everything=everything, mesh=runtime.mesh)
-    return h
+    found = list(zeros(partial(_repeated, begin, chunk), runtime.mesh))
+    for batch, *waiting in zip(batches, *streams, strict=True):
+        states = [runtime.store.get(a) for a in waiting]
+        xs = tuple(state.held["experts_in"] if inner else state.taps["mlp_in"] for state in states)
+        to = Route(*states[0].held["route"])
+        for share, keep in shares_of(batch.keep, batch.samples, len(found), runtime.mesh):
+            arguments = found[share], mine, xs, keep, to, np.int32(first)
+            found[share] = _add(spec, *arguments, inner=inner, everything=everything, mesh=runtime.mesh)
+    return found
 
 
-def _empties(experts: int, inputs: int) -> Hessian:
-    return jax.tree.map(lambda a: jnp.repeat(a[None], experts, 0), empty(inputs))
+def _repeated(begin: Callable[[], tuple[Moments, ...]], experts: int) -> tuple[Moments, ...]:
+    return jax.tree.map(lambda a: jnp.repeat(a[None], experts, 0), begin())
 
 
 @partial(program, static_argnames=("spec", "inner", "everything", "mesh"), donate_argnums=1)
 def _add(
     spec: MoeSpec,
-    h: Hessian,
-    experts: Mapping[str, Any],
-    x: Array,
+    m: Moments,
+    experts: Sequence[Mapping[str, Any]],
+    xs: Sequence[Array],
     keep: Array,
     to: Route,
     first: Array | np.int32,
@@ -112,15 +120,16 @@ def _add(
     inner: bool,
     everything: bool,
     mesh: Mesh | None,
-) -> Hessian:
-    def all_of(h: Hessian, experts: Mapping[str, Any], x: Array, keep: Array, to: Route, first: Array) -> tuple[Hessian, tuple[()]]:
-        def one(task: tuple[Array, Hessian, Mapping[str, Any]]) -> Hessian:
-            n, h, mine = task
-            return add_rows(h, expand(spec.mlp, mine, x) if inner else x, keep if everything else keep & to.chosen(first + n))
+) -> Moments:
+    def all_of(m: Moments, experts: Sequence[Any], xs: Sequence[Array], keep: Array, to: Route, first: Array) -> tuple[Moments, tuple[()]]:
+        def one(task: tuple[Array, Moments, Sequence[Mapping[str, Any]]]) -> Moments:
+            n, m, mine = task
+            entering = [expand(spec.mlp, p, x) for p, x in zip(mine, xs, strict=True)] if inner else xs
+            return add(m, entering, keep if everything else keep & to.chosen(first + n))
 
-        return jax.lax.map(one, (jnp.arange(len(h.rows)), h, experts)), ()
+        return jax.lax.map(one, (jnp.arange(len(m.h.rows)), m, experts)), ()
 
-    return adding(all_of, mesh, (WHOLE, PARTS, PARTS, PARTS, WHOLE))(h, experts, x, keep, to, first)[0]
+    return adding(all_of, mesh, (WHOLE, PARTS, PARTS, PARTS, WHOLE))(m, experts, xs, keep, to, first)[0]
 
 
 @partial(program, static_argnames=("mesh", "parts"))
@@ -142,7 +151,7 @@ def _solve_chunk(
     roles: Sequence[str],
     first: int,
     chunk: int,
-    h: Hessian,
+    moments: Sequence[Moments],
     config: QuantConfig,
     names: Mapping[str, str],
     runtime: Runtime,
@@ -151,7 +160,7 @@ def _solve_chunk(
     """Each role quantized for the experts from `first` on; roles of one input are solved together, as rows of one matrix."""
     began = time.perf_counter()
     mine = {role: jax.tree.map(lambda a: a[first : first + chunk], p[role]) for role in roles}
-    f, rows, solved = _solve([mine[role]["weight"] for role in roles], h, config, runtime.round_block, runtime.mesh, parts)
+    f, rows, solved = _solve([mine[role]["weight"] for role in roles], moments, config, runtime.round_block, runtime.mesh, parts)
     f, rows, told = jax.device_get((f, rows, [(one.losses, one.sound) for one in solved]))
     seconds = time.perf_counter() - began
     whole = sum(mine[role]["weight"].shape[1] for role in roles)
@@ -172,16 +181,17 @@ def _expert(n: Any, stacked: Any) -> Any:
 
 @partial(program, static_argnames=("config", "round_block", "mesh", "parts"))
 def _solve(
-    weights: Sequence[Array], h: Hessian, config: QuantConfig, round_block: RoundBlock, mesh: Mesh | None, parts: P
+    weights: Sequence[Array], moments: Sequence[Moments], config: QuantConfig, round_block: RoundBlock, mesh: Mesh | None, parts: P
 ) -> tuple[Factor, Array, list[Solved]]:
     """The factor of each expert, but for its matrix, the tokens that reached it, and its linears solved."""
 
-    def one(weights: Sequence[Array], h: Hessian) -> tuple[Factor, list[Solved]]:
-        f = factor(h, config)
-        return f, solve_together(weights, f, h, config, round_block)
+    def one(weights: Sequence[Array], moments: Sequence[Moments]) -> tuple[Factor, Array, list[Solved]]:
+        h = total(moments).h
+        f, fitted = factor(h, config), factor(moments[0].h, config) if config.alpha is None else None
+        mine = moments if config.alpha != 0 else ()
+        return f._replace(upper=None), h.rows, solve_together(weights, f, h, config, round_block, moments=mine, fitted=fitted)
 
-    def here(weights: Sequence[Array], h: Hessian) -> tuple[Factor, Array, list[Solved]]:
-        f, solved = jax.vmap(one)(weights, h)
-        return together((f._replace(upper=None), h.rows, solved), mesh if parts == PARTS else None)
+    def here(weights: Sequence[Array], moments: Sequence[Moments]) -> tuple[Factor, Array, list[Solved]]:
+        return together(jax.vmap(one)(weights, moments), mesh if parts == PARTS else None)
 
-    return split(here, mesh, parts, WHOLE)(weights, h)
+    return split(here, mesh, parts, WHOLE)(weights, moments)

@@ -43,12 +43,12 @@ def _add_gram(xx: Float[Array, "in in"], x: Float[Array, "rows in"]) -> Float[Ar
     n = len(xx)
     parts = -(-n // _WIDEST)
     if parts == 1:
-        return xx + _product(x, x)
+        return xx + cross(x, x)
     width = -(-n // (parts * _MULTIPLE)) * _MULTIPLE
     blocks = [slice(start, min(start + width, n)) for start in range(0, n, width)]
     for i, rows in enumerate(blocks):
         for columns in blocks[i:]:
-            block = xx[rows, columns] + _product(x[:, rows], x[:, columns])
+            block = xx[rows, columns] + cross(x[:, rows], x[:, columns])
             if columns == rows:
                 xx = xx.at[rows, rows].set(jnp.triu(block) + jnp.triu(block, 1).T)
             else:
@@ -56,8 +56,8 @@ def _add_gram(xx: Float[Array, "in in"], x: Float[Array, "rows in"]) -> Float[Ar
     return xx
 
 
-def _product(x: Float[Array, "rows n"], y: Float[Array, "rows m"]) -> Float[Array, "n m"]:
-    """x^T y in float32."""
+def cross(x: Float[Array, "rows n"], y: Float[Array, "rows m"]) -> Float[Array, "n m"]:
+    """x^T y in float32; products of bf16 and fp16 are exact."""
     if x.dtype == jnp.float32:
         return product(x.T, y)
     return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -15,13 +15,13 @@ from jaxtyping import Array, Bool, Float
 from gptq_fn._batches import Batch, Samples, embed_batches
 from gptq_fn._config import QuantConfig
 from gptq_fn._experts import quantize_experts
-from gptq_fn._hessian import Hessian, add_rows, empty
 from gptq_fn._linears import quantize_linears
 from gptq_fn._mesh import PARTS, WHOLE, added, adding, gathered, local, placed, split, zeros
 from gptq_fn._programs import program
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
 from gptq_fn._runtime import Runtime
+from gptq_fn._target import Moments, add, no_rows, shares_of, total
 from gptq_fn.model.block import BlockParams, State, advance, enter
 from gptq_fn.model.decoder import Params, head_input
 from gptq_fn.spec import STOP_OF, BlockSpec, ModelSpec, MoeSpec, Stop, Tap
@@ -52,7 +52,7 @@ def quantize(
     """
     config, runtime = config or QuantConfig(), runtime or Runtime()
     head_plan(spec, config)
-    batches, blocks, reports = embed_batches(spec, params["top"], calib, runtime), [], []
+    batches, blocks, reports = embed_batches(spec, params["top"], calib, runtime, beside=config.asymmetric), [], []
     for p, found, after in quantize_blocks(spec, params["blocks"], batches, config, runtime=runtime):
         batches = after
         blocks.append(p)
@@ -72,9 +72,11 @@ def quantize_blocks(
 ) -> Iterator[tuple[BlockParams, tuple[LinearReport, ...], Sequence[Batch]]]:
     """Each block of `blocks` quantized, its reports, and what leaves it, in order; one block at a time is asked for.
 
-    `blocks` are those from number `first` on, and `batches` what enters that one. Raises ValueError as `quantize` does, naming
-    the linear and the sample.
+    `blocks` are those from number `first` on, and `batches` what enters that one, in both streams where `config` is asymmetric.
+    Raises ValueError as `quantize` does, naming the linear and the sample.
     """
+    if config.asymmetric and any(batch.exact is None for batch in batches):
+        raise ValueError("alpha is not 0, but the batches have no float stream; make them by embed_batches(..., beside=True).")
     for i, (block_spec, p) in enumerate(zip(spec.blocks[first:], blocks, strict=True), first):
         names = {linear.role: spec.name_of(i, linear) for linear in block_spec.linears}
         quantized, reports, batches = quantize_block(
@@ -122,15 +124,13 @@ def quantize_head(
         return spec, top, ()
     runtime, shell = runtime or Runtime(), replace(spec, blocks=())
     leaf, shared = placed((top["embed"] if spec.tied else top["head"], {r: top[r] for r in _BEFORE_HEAD if r in top}), runtime.mesh, WHOLE)
-    passing = replace(runtime, store=runtime.store._replace(put=lambda _: ()))
+    passing, streams = replace(runtime, store=runtime.store._replace(put=lambda _: ())), _streams(batches)
 
     def enter(x: Array) -> State:
         return State(x, {"head_in": _head_input(shell, shared, x, runtime.mesh)}, {})
 
-    h = _pass(enter, [batch.x for batch in batches], batches, {"head_in": name}, passing)[1]["head_in"]
-    if runtime.observe:
-        runtime.observe((name,), h)
-    ((_, head, report),) = quantize_linears({name: leaf}, h, {name: plan}, runtime=runtime)
+    moments = _pass([enter] * len(streams), streams, batches, {"head_in": {name: plan}}, passing)["head_in"]
+    ((_, head, report),) = _quantize_dense({name: leaf}, moments, {name: plan}, runtime)
     return _untied(spec), {**top, "head": local(head, runtime.mesh)}, (report,)
 
 
@@ -164,46 +164,69 @@ def quantize_block(
     """The block with the roles of `plan` quantized, their reports, and what leaves the quantized block.
 
     Where `sequential`, the linears at a tap are solved before the next tap is computed; else all taps are computed from
-    the float block. `names` maps roles to the names that reports use, with "{n}" for the number of an expert.
+    the float block. `names` maps roles to the names that reports use, with "{n}" for the number of an expert. Where batches
+    have a float stream, the float block takes it along from stop to stop.
     """
-    runtime = runtime or Runtime()
+    runtime, streams = runtime or Runtime(), _streams(batches)
     dtype = runtime.store.get(batches[0].x).dtype
     running, result, reports = dict(placed(p, runtime.mesh, WHOLE)), dict(p), []
-    begin = partial(_enter, spec, running, mesh=runtime.mesh)
-    states, hessians = _pass(begin, [batch.x for batch in batches], batches, _linears_at(spec, 0, plan, names), runtime)
+    models = [running, dict(running)][: len(streams)]
+    steps = [partial(_enter, spec, model, mesh=runtime.mesh) for model in models]
+    moments = _pass(steps, streams, batches, _linears_at(spec, 0, plan, names), runtime)
     for at, stop in enumerate(spec.stops):
         solved = {}
         for tap, roles in spec.stages:
             mine = {role: plan[role] for role in roles if role in plan}
             if STOP_OF[tap] == stop and mine:
-                for role, q, found in _quantize_tap(spec, running, tap, states, hessians, batches, mine, names, runtime):
+                for role, q, found in _quantize_tap(spec, models, tap, streams, moments, batches, mine, names, runtime):
                     solved[role] = q
                     reports.extend(found)
         result.update({role: local(q.with_bias(None), runtime.mesh).with_bias(p[role].get("bias")) for role, q in solved.items()})
         if sequential:
             running.update({role: _dequantized(q, dtype) for role, q in solved.items()})
-        onward, taps = _onward(spec, running, stop, runtime.mesh), _linears_at(spec, at + 1, plan, names)
-        states, hessians = _pass(onward, states, batches, taps, runtime)
+        steps = [_onward(spec, model, stop, runtime.mesh) for model in models]
+        moments = _pass(steps, streams, batches, _linears_at(spec, at + 1, plan, names), runtime)
+    after = _with(batches, streams)
     if not sequential:
-        return result, tuple(reports), run_block(spec, result, batches, runtime=runtime)
-    return result, tuple(reports), [batch._replace(x=x) for batch, x in zip(batches, states, strict=True)]
+        passed = run_block(spec, result, batches, runtime=runtime)
+        after = [batch._replace(x=quantized.x) for batch, quantized in zip(after, passed, strict=True)]
+    return result, tuple(reports), after
 
 
-def run_block(spec: BlockSpec, p: BlockParams, batches: Sequence[Batch], *, runtime: Runtime | None = None) -> list[Batch]:
-    """What leaves a block that is quantized already, to the last bit what `quantize_block` left."""
+def run_block(
+    spec: BlockSpec, p: BlockParams, batches: Sequence[Batch], *, exact: BlockParams | None = None, runtime: Runtime | None = None
+) -> list[Batch]:
+    """What leaves a block that is quantized already, to the last bit what `quantize_block` left.
+
+    `exact` is the float block, through which the float stream goes on; without it, that ends here.
+    """
     runtime = runtime or Runtime()
     dtype = runtime.store.get(batches[0].x).dtype
-    p = placed(p, runtime.mesh, WHOLE)
-    p = {role: _dequantized(leaf, dtype) if isinstance(leaf, QuantizedLinear) else leaf for role, leaf in p.items()}
+    models = placed([p] if exact is None else [p, exact], runtime.mesh, WHOLE)
+    streams = _streams(batches)[: len(models)]
 
-    def through(x: Array) -> Array:
+    def dense(leaf: Any) -> Any:
+        return _dequantized(leaf, dtype) if isinstance(leaf, QuantizedLinear) else leaf
+
+    def through(p: BlockParams, x: Array) -> Array:
         state = _enter(spec, p, x, mesh=runtime.mesh)
         for stop in spec.stops:
             state = _onward(spec, p, stop, runtime.mesh)(state)
         return state
 
-    left, _ = _pass(through, [batch.x for batch in batches], batches, {}, runtime)
-    return [batch._replace(x=x) for batch, x in zip(batches, left, strict=True)]
+    _pass([partial(through, {role: dense(leaf) for role, leaf in p.items()}) for p in models], streams, batches, {}, runtime)
+    return _with(batches, streams)
+
+
+def _streams(batches: Sequence[Batch]) -> list[list[Any]]:
+    """What waits in the quantized stream and, where there is one, in the float stream."""
+    streams = [[batch.x for batch in batches], [batch.exact for batch in batches]]
+    return [stream for stream in streams if None not in stream]
+
+
+def _with(batches: Sequence[Batch], streams: Sequence[Sequence[Any]]) -> list[Batch]:
+    """The batches with what waits in these streams."""
+    return [Batch(x, batch.keep, batch.samples, *exact) for batch, x, *exact in zip(batches, *streams, strict=True)]
 
 
 def _onward(spec: BlockSpec, p: BlockParams, stop: Stop, mesh: Mesh | None) -> Callable[[State], Any]:
@@ -213,45 +236,53 @@ def _onward(spec: BlockSpec, p: BlockParams, stop: Stop, mesh: Mesh | None) -> C
     return lambda state: _advance(spec, p, state, stop, mesh)
 
 
-def _linears_at(spec: BlockSpec, at: int, plan: Mapping[str, QuantConfig], names: Mapping[str, str]) -> dict[Tap, str]:
-    """The taps of the stop of this number that linears of `plan` read, experts aside, each with the name of one of them."""
+def _linears_at(spec: BlockSpec, at: int, plan: Mapping[str, QuantConfig], names: Mapping[str, str]) -> dict[Tap, dict[str, QuantConfig]]:
+    """The taps of the stop of this number that linears of `plan` read, experts aside, each with their names and configurations."""
     return {
-        tap: next(names[role] for role in roles if role in plan)
+        tap: {names[role]: plan[role] for role in roles if role in plan}
         for tap, roles in spec.stages
         if STOP_OF[tap] in spec.stops[at : at + 1] and tap not in EXPERT_TAPS and any(role in plan for role in roles)
     }
 
 
 def _pass(
-    step: Callable[[Any], Any], waiting: list[Any], batches: Sequence[Batch], taps: Mapping[Any, str], runtime: Runtime
-) -> tuple[list[Any], dict[Any, Hessian]]:
-    """What `step` makes of all that waited, in the runtime's store, and the Hessian of what then enters each of `taps`.
+    steps: Sequence[Callable[[Any], Any]],
+    streams: Sequence[list[Any]],
+    batches: Sequence[Batch],
+    taps: Mapping[Any, Mapping[str, QuantConfig]],
+    runtime: Runtime,
+) -> dict[Any, tuple[Moments, ...]]:
+    """Put in the place of all that waits in each stream what its step makes of it; the moments of what then enters each of `taps`.
 
-    `taps` tell the name of a linear that reads each. Raises ValueError naming the first sample that is not finite.
+    `taps` tell the linears that read each. Raises ValueError naming the first sample that is not finite.
     """
-    found: dict[Any, Hessian] = {}
-    finite: dict[Any, list[Array]] = {tap: [] for tap in taps}
+    found: dict[Any, list[Moments]] = {}
+    finite: dict[Any, list[tuple[Batch, Array]]] = {tap: [] for tap in taps}
     for i, batch in enumerate(batches):
-        state = step(runtime.store.get(waiting[i]))
-        for tap in taps:
-            h = found[tap] if tap in found else zeros(partial(empty, state.taps[tap].shape[-1]), runtime.mesh)
-            found[tap], fine = _add(h, state.taps[tap], batch.keep, runtime.mesh)
-            finite[tap].append(fine)
-        waiting[i] = runtime.store.put(state)
-        if i >= AHEAD:
-            jax.block_until_ready(waiting[i - AHEAD])  # else what waits elsewhere would all be fetched at once
-    found = {tap: added(h, runtime.mesh) for tap, h in found.items()}
-    for tap, name in taps.items():
-        _require_finite(name, batches, jax.device_get(gathered(finite[tap], runtime.mesh)))
-    return waiting, found
+        states = [step(runtime.store.get(stream[i])) for step, stream in zip(steps, streams, strict=True)]
+        for tap, readers in taps.items():
+            xs = tuple(state.taps[tap] for state in states)
+            if tap not in found:
+                found[tap] = list(zeros(partial(no_rows, xs[0].shape[-1], readers.values()), runtime.mesh))
+            for share, keep in shares_of(batch.keep, batch.samples, len(found[tap]), runtime.mesh):
+                found[tap][share], fine = _add(found[tap][share], xs, keep, runtime.mesh)
+                finite[tap].append((batch, fine))
+        for stream, state in zip(streams, states, strict=True):
+            stream[i] = runtime.store.put(state)
+            if i >= AHEAD:
+                jax.block_until_ready(stream[i - AHEAD])  # else what waits elsewhere would all be fetched at once
+    for tap, readers in taps.items():
+        told, fine = zip(*finite[tap], strict=True)
+        _require_finite(next(iter(readers)), told, jax.device_get(gathered(fine, runtime.mesh)))
+    return {tap: tuple(added(m, runtime.mesh) for m in moments) for tap, moments in found.items()}
 
 
 def _quantize_tap(
     spec: BlockSpec,
-    p: BlockParams,
+    models: Sequence[BlockParams],
     tap: Tap,
-    states: Sequence[Any],
-    hessians: Mapping[Tap, Hessian],
+    streams: Sequence[Sequence[Any]],
+    moments: Mapping[Tap, Sequence[Moments]],
     batches: Sequence[Batch],
     plan: Mapping[str, QuantConfig],
     names: Mapping[str, str],
@@ -260,14 +291,22 @@ def _quantize_tap(
     """The roles of `plan`, which read `tap`, quantized, with their reports."""
     if tap in EXPERT_TAPS:
         assert isinstance(spec.ffn, MoeSpec)
-        yield from quantize_experts(spec.ffn, p, tap, states, [batch.keep for batch in batches], plan, names, runtime)
+        yield from quantize_experts(spec.ffn, models, tap, streams, batches, plan, names, runtime)
         return
     role_of = {names[role]: role for role in plan}
-    if runtime.observe:
-        runtime.observe(tuple(role_of), hessians[tap])
-    linears, mine = {n: p[r] for n, r in role_of.items()}, {n: plan[r] for n, r in role_of.items()}
-    for name, q, report in quantize_linears(linears, hessians[tap], mine, runtime=runtime):
+    linears, mine = {n: models[0][r] for n, r in role_of.items()}, {n: plan[r] for n, r in role_of.items()}
+    for name, q, report in _quantize_dense(linears, moments[tap], mine, runtime):
         yield role_of[name], q, (report,)
+
+
+def _quantize_dense(
+    linears: Mapping[str, Any], moments: Sequence[Moments], plan: Mapping[str, QuantConfig], runtime: Runtime
+) -> Iterator[tuple[str, QuantizedLinear, LinearReport]]:
+    """Linears that read one input, of these moments, quantized, with their reports."""
+    h = total(moments).h
+    if runtime.observe:
+        runtime.observe(tuple(linears), h)
+    yield from quantize_linears(linears, h, plan, moments=moments, runtime=runtime)
 
 
 def _dequantized(q: QuantizedLinear, dtype: jnp.dtype) -> dict[str, Array]:
@@ -293,12 +332,13 @@ def _advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop, mesh: Me
 
 @partial(program, static_argnames="mesh", donate_argnums=0)
 def _add(
-    h: Hessian, x: Float[Array, "samples time features"], keep: Bool[Array, "samples time"], mesh: Mesh | None
-) -> tuple[Hessian, Bool[Array, " samples"]]:
-    def one(h: Hessian, x: Array, keep: Array) -> tuple[Hessian, Array]:
-        return add_rows(h, x, keep), (jnp.isfinite(x).all(2) | ~keep).all(1)
+    m: Moments, xs: Sequence[Float[Array, "samples time features"]], keep: Bool[Array, "samples time"], mesh: Mesh | None
+) -> tuple[Moments, Bool[Array, " samples"]]:
+    def one(m: Moments, xs: Sequence[Array], keep: Array) -> tuple[Moments, Array]:
+        finite = jnp.stack([jnp.isfinite(x).all(2) for x in xs]).all(0)
+        return add(m, xs, keep), (finite | ~keep).all(1)
 
-    return adding(one, mesh, (PARTS, PARTS))(h, x, keep)
+    return adding(one, mesh, (PARTS, PARTS))(m, xs, keep)
 
 
 def _require_finite(name: str, batches: Sequence[Batch], finite: Sequence[np.ndarray]) -> None:

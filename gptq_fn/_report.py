@@ -10,7 +10,8 @@ from gptq_fn._config import QuantConfig
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One quantized linear. Errors are ||(W - Q) X|| / ||W X|| over the calibration inputs X, without unit."""
+    """One quantized linear. Errors are ||(W' - Q) X|| / ||W X|| over the calibration inputs X, without unit; the target W' is W
+    unless alpha says otherwise."""
 
     name: str
     bits: int
@@ -23,7 +24,7 @@ class LinearReport:
     """Inputs that were 0 for all of them; their weights became 0."""
     error: float
     rtn_error: float
-    """The error that rounding to nearest would have made."""
+    """The error that rounding W to nearest would have made."""
     energy: float
     """||W X||^2 over the calibration inputs."""
     damp: float
@@ -32,10 +33,17 @@ class LinearReport:
     """Time of its factorization and solution, shared among the linears of one stage by their rows."""
     rounded: bool = False
     """Whether it was rounded to nearest, because fewer tokens than the configuration's min_rows reached it."""
+    alpha: float = 0.0
+    """How much of what rounding before it changed in its inputs the target makes good."""
+    restored: float = 0.0
+    """By how much the target W' lowers ||W X_float - W' X||^2, relative to ||W X||^2; X_float are the float model's inputs."""
+    restored_held_out: float | None = None
+    """The same on samples that were held out, with W' fitted to the others; far less than `restored` where they are too few to
+    learn from. None where alpha was given."""
 
     @property
     def loss(self) -> float:
-        """||(W - Q) X||^2 over the calibration inputs, which adds up over linears."""
+        """||(W' - Q) X||^2 over the calibration inputs, which adds up over linears."""
         return self.error**2 * self.energy
 
 
@@ -52,7 +60,7 @@ class Report:
 
     @property
     def error(self) -> float:
-        """||(W - Q) X|| / ||W X|| over all linears together."""
+        """||(W' - Q) X|| / ||W X|| over all linears together."""
         energy = sum(x.energy for x in self.linears)
         return math.sqrt(sum(x.loss for x in self.linears) / energy) if energy else 0.0
 

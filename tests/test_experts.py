@@ -137,7 +137,7 @@ def test_every_expert_is_quantized_by_the_tokens_routed_to_it(config):
     result = quantize(params, spec, jnp.asarray(CALIB), config)
     p, q = params["blocks"][0], result.params["blocks"][0]
     reports = {r.name: r for r in result.report.linears}
-    ((x, _, _),) = embed_batches(spec, params["top"], CALIB)
+    ((x, *_),) = embed_batches(spec, params["top"], CALIB)
     assert not any(r.rounded for r in result.report.linears)
     so_far = dict(p)
     if config.sequential:

@@ -61,7 +61,7 @@ def test_a_head_is_quantized_by_what_enters_it(source):
 
 
 def last_hidden(spec, params):
-    ((x, _, _),) = embed_batches(spec, params["top"], CALIB)
+    ((x, *_),) = embed_batches(spec, params["top"], CALIB)
     for of_block, p in zip(spec.blocks, params["blocks"], strict=True):
         x = block(of_block, p, x)[0]
     return x

@@ -133,7 +133,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def test_every_linear_is_textbook_gptq_on_what_enters_it(case):
     """And the report says how far off its output is, in float64 too."""
     reports = {report.name: report for report in case.quantized.report.linears}
-    ((x, keep, _),) = embed_batches(case.spec, case.params["top"], case.calib)
+    ((x, keep, *_),) = embed_batches(case.spec, case.params["top"], case.calib)
     assert keep.all()
     for i, (spec, p, q) in enumerate(zip(case.spec.blocks, case.params["blocks"], case.quantized.params["blocks"], strict=True)):
         so_far = dict(p)

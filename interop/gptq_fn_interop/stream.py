@@ -184,8 +184,12 @@ def quantize_tensors(
     """
     runtime, zeros, blocks = runtime or default_runtime(), zeros_version(config), len(spec.blocks)
     described, plan, reports = described_by(config, head=False), head_plan(spec, config), []
-    sources = [_READING(partial(read_block, spec, i, mine, described)) for i, (mine, _) in enumerate(done)]
-    sources += [_READING(partial(read_block, spec, i, tensors)) for i in range(len(done), blocks)]
+    sources = []
+    for i in range(blocks):
+        if i < len(done):
+            sources.append(_READING(partial(read_block, spec, i, done[i][0], described)))
+        if i >= len(done) or config.asymmetric:  # through float blocks goes the float stream
+            sources.append(_READING(partial(read_block, spec, i, tensors)))
 
     def told(i: int, found: tuple[LinearReport, ...]) -> None:
         reports.extend(found)
@@ -196,12 +200,13 @@ def quantize_tensors(
     with threadpool_limits(1, "blas"), ahead(sources) as params, behind() as later:
         top = read_top(spec, tensors)
         embedding = top["embed"]["weight"].dtype
-        batches = embed_batches(spec, top, calib, runtime, compute_dtype(jnp.dtype(embedding)))
+        batches = embed_batches(spec, top, calib, runtime, compute_dtype(jnp.dtype(embedding)), beside=config.asymmetric)
         if plan is None:  # what lies outside the blocks is not needed any more, and large
             later(partial(write, None, write_top(spec, top, zeros), ()))
             top = {}
         for i, (_, found) in enumerate(done):
-            batches = run_block(spec.blocks[i], next(params), batches, runtime=runtime)
+            quantized, exact = next(params), next(params) if config.asymmetric else None
+            batches = run_block(spec.blocks[i], quantized, batches, exact=exact, runtime=runtime)
             told(i, found)
         rest = quantize_blocks(spec, params, batches, config, runtime=runtime, first=len(done))
         for i, (p, found, after) in enumerate(rest, len(done)):
