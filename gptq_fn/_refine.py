@@ -62,13 +62,13 @@ def descend(
     starts = jnp.arange(0, size, _PANEL)
     squares = jax.vmap(lambda start: jax.lax.dynamic_slice(xx, (start, start), (_PANEL, _PANEL)))(starts)
     inverses = jax.vmap(lambda square: jax.scipy.linalg.solve_triangular(square, jnp.eye(_PANEL)))(squares)
-    zero, scale = q.zero.astype(jnp.float32), q.scale.astype(jnp.float32)
+    stored = Grid(q.scale.T.astype(jnp.float32), q.zero.T.astype(jnp.float32))
     group = jnp.pad(q.group_of, (0, size - n))
     error = jnp.pad(_target(w, h) - dequantize(q), ((0, 0), (0, size - n))).T
 
     def panel(error: Array, these: tuple[Array, ...]) -> tuple[Array, Array]:
         start, inverse, codes, group = these
-        grid = Grid(*(jnp.take(a, group, axis=1).T for a in (scale, zero)))
+        grid = Grid(*(jnp.take(a, group, axis=0) for a in stored))
         old = codes.astype(jnp.float32) - grid.zero
         residual = product(jax.lax.dynamic_slice_in_dim(xx, start, _PANEL), error)
         reached = grid.scale * old + product(inverse.T, residual)

@@ -9,9 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptq_fn import Hessian, QuantConfig, QuantizedLinear, dequantize, descend, factor, refit, solve
+from gptq_fn import (
+    Hessian,
+    QuantConfig,
+    QuantizedLinear,
+    _refine,
+    dequantize,
+    descend,
+    factor,
+    quantize_linears,
+    refit,
+    round_to_nearest,
+    solve,
+)
 from gptq_fn._refine import refine
 from gptq_fn._solve import round_in_loops
+from gptq_fn.kernels import round_block
 from gptq_fn.testing import activations, assert_equal_up_to_ties, hessian_of, hessians, weights
 
 OUT, IN = 6, 72
@@ -22,7 +35,14 @@ LAWS = [
     QuantConfig(2, 32, sym=False, order="act", static_groups=True),
     QuantConfig(8, None, order="act", grid="minmax"),
 ]
-laws = pytest.mark.parametrize("config", LAWS, ids=lambda c: f"{c.bits}bit-{'sym' if c.sym else 'asym'}-{c.group_size}-{c.order}")
+
+
+def name(c: QuantConfig) -> str:
+    return f"{c.bits}bit-{'sym' if c.sym else 'asym'}-{c.group_size}-{c.order}"
+
+
+laws = pytest.mark.parametrize("config", LAWS, ids=name)
+two_laws = pytest.mark.parametrize("config", LAWS[:2], ids=name)
 
 
 class Exact:
@@ -73,9 +93,21 @@ class Exact:
         return best
 
 
-def solved(w: jax.Array, h: Hessian, config: QuantConfig) -> tuple[QuantizedLinear, jax.Array]:
-    f = factor(h, config)
-    return solve(w, f, config)[0], f.damp
+DAMP = jnp.float32(0.01)
+
+
+def rounded(w: jax.Array, config: QuantConfig) -> QuantizedLinear:
+    """The nearest levels, in groups as act-order might leave them where it is asked for."""
+    n = w.shape[1]
+    order = np.random.default_rng(0).permutation(n) if config.order == "act" else np.arange(n)
+    q, place = round_to_nearest(w[:, order], config), np.argsort(order)
+    return QuantizedLinear(q.codes[:, place], q.scale, q.zero, q.group_of[place], q.bits)
+
+
+def with_codes(q: QuantizedLinear, seed: int) -> QuantizedLinear:
+    """The linear with other codes, any of them."""
+    codes = np.random.default_rng(seed).integers(0, 2**q.bits, q.codes.shape)
+    return QuantizedLinear(jnp.asarray(codes, jnp.uint8), q.scale, q.zero, q.group_of, q.bits)
 
 
 def assert_not_raised(after: Exact, before: Exact) -> None:
@@ -85,33 +117,32 @@ def assert_not_raised(after: Exact, before: Exact) -> None:
 @laws
 @given(w=weights(OUT, IN), h=hessians(IN), data=st.data())
 def test_descent_is_that_of_the_plain_loops(config, w, h, data):
-    """From GPTQ's codes and from any; it never raises the objective and changes codes only."""
-    q, damp = solved(w, h, config)
+    """From the nearest codes and from any; it never raises the objective and changes codes only."""
+    q = rounded(w, config)
     if data.draw(st.booleans()):
-        codes = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 2**config.bits, q.codes.shape)
-        q = QuantizedLinear(jnp.asarray(codes, jnp.uint8), q.scale, q.zero, q.group_of, q.bits)
-    found = descend(q, w, h, damp)
-    before, after, loops = (Exact(x, w, h, damp) for x in (q, found, q))
+        q = with_codes(q, data.draw(st.integers(0, 99)))
+    found = descend(q, w, h, DAMP)
+    before, after, loops = (Exact(x, w, h, DAMP) for x in (q, found, q))
     loops.follow(after.codes, slack=1e-4 * 2**config.bits)
     assert_not_raised(after, before)
     for leaf in ("scale", "zero", "group_of"):
         np.testing.assert_array_equal(getattr(found, leaf), getattr(q, leaf))
 
 
-@laws
+@two_laws
 @given(w=weights(OUT, IN), h=hessians(IN))
 def test_where_descent_ends_no_step_of_a_code_helps(config, w, h):
-    q, damp = solved(w, h, config)
+    q = rounded(w, config)
     for _ in range(200):
-        last, q = q, descend(q, w, h, damp)
+        last, q = q, descend(q, w, h, DAMP)
         if (last.codes == q.codes).all():
             break
     else:
         pytest.fail("descent does not end")
-    exact = Exact(q, w, h, damp)
+    exact = Exact(q, w, h, DAMP)
     best, slack = exact.objective(), 1e-9 * exact.size()
     for j, step in itertools.product(range(IN), (-1, 1)):
-        stepped = Exact(q, w, h, damp)
+        stepped = Exact(q, w, h, DAMP)
         stepped.codes[:, j] = np.clip(stepped.codes[:, j] + step, 0, stepped.top)
         assert (stepped.objective() >= best * (1 - 1e-4) - slack).all()
 
@@ -120,17 +151,17 @@ def test_where_descent_ends_no_step_of_a_code_helps(config, w, h):
 @given(w=weights(OUT, IN), h=hessians(IN), negative=st.booleans())
 def test_refit_finds_the_best_scales(config, w, h, negative):
     """Those of least squares where none of them is kept, up to rounding; it never raises the objective and changes scales only."""
-    q, damp = solved(w, h, config)
+    q = rounded(w, config)
     if negative:
         q = QuantizedLinear(q.codes, -q.scale, q.zero, q.group_of, q.bits)
         w = -w
-    found = refit(q, w, h, damp, config)
-    before, after = Exact(q, w, h, damp), Exact(found, w, h, damp)
+    found = refit(q, w, h, DAMP, config)
+    before, after = Exact(q, w, h, DAMP), Exact(found, w, h, DAMP)
     assert_not_raised(after, before)
     assert ((after.objective() < before.objective()) | (after.scale == before.scale).all(1)).all()
     for leaf in ("codes", "zero", "group_of"):
         np.testing.assert_array_equal(getattr(found, leaf), getattr(q, leaf))
-    free = Exact(q, w, h, damp)
+    free = Exact(q, w, h, DAMP)
     free.scale = before.best_scales()
     fine = ((free.scale / before.scale > 0.25) & (free.scale / before.scale < 2.5)).all(1)
     half = np.spacing(np.asarray(found.scale)).astype(np.float64)[:, after.group] / 2  # by so much is each scale rounded
@@ -139,27 +170,26 @@ def test_refit_finds_the_best_scales(config, w, h, negative):
     assert (after.objective() - free.objective() <= 1.01 * rounding + 1e-5 * before.objective())[fine].all()
 
 
-@laws
-@given(w=weights(OUT, IN), h=hessians(IN))
+@two_laws
+@given(w=weights(OUT, IN), h=hessians(IN, dead=False))
 def test_exact_levels_are_kept(config, w, h):
-    q, damp = solved(w, h, config)
-    again = refine(q, dequantize(q), h, damp, QuantConfig(refine=("refit", "descent"), group_size=config.group_size), round_in_loops)
+    q = rounded(w, config)
+    again = descend(refit(q, dequantize(q), h, DAMP, config), dequantize(q), h, DAMP)
     for leaf in ("codes", "scale"):
         np.testing.assert_array_equal(getattr(again, leaf), getattr(q, leaf))
     off = QuantizedLinear(q.codes, (q.scale.astype(jnp.float32) * 1.25).astype(jnp.float16), q.zero, q.group_of, q.bits)
-    back = refit(off, dequantize(q), h, damp, config)
-    used = np.asarray([[(np.asarray(dequantize(q))[:, np.asarray(q.group_of) == g] != 0).any(1)] for g in range(q.scale.shape[1])])[:, 0].T
+    back = refit(off, dequantize(q), h, DAMP, config)
+    exact = np.asarray(dequantize(q))
+    used = np.stack([(exact[:, np.asarray(q.group_of) == g] != 0).any(1) for g in range(q.scale.shape[1])], 1)
     np.testing.assert_allclose(np.asarray(back.scale, np.float64)[used], np.asarray(q.scale, np.float64)[used], rtol=2e-3)
 
 
-@laws
+@two_laws
 @given(w=weights(OUT, IN), other=weights(OUT, IN), h=hessians(IN), seed=st.integers(0, 1000))
 def test_rows_are_independent(config, w, other, h, seed):
     order = np.random.default_rng(seed).permutation(OUT)
     mixed = jnp.where((order < OUT // 2)[:, None], w, other)[order]
-    both = QuantConfig(**{**config.__dict__, "refine": ("descent", "refit")})
-    (q, damp), (p, _) = solved(w, h, config), solved(mixed, h, config)
-    alone, found = refine(q, w, h, damp, both, round_in_loops), refine(p, mixed, h, damp, both, round_in_loops)
+    alone, found = (refit(descend(rounded(x, config), x, h, DAMP), x, h, DAMP, config) for x in (w, mixed))
     kept = (order < OUT // 2)[order]
     np.testing.assert_array_equal(found.codes[kept], alone.codes[order][kept])
     np.testing.assert_array_equal(found.scale[kept], alone.scale[order][kept])
@@ -169,18 +199,85 @@ def test_rows_are_independent(config, w, other, h, seed):
 @given(w=weights(OUT, IN), seed=st.integers(0, 99))
 def test_without_correlation_descent_is_rounding(config, w, seed):
     h = Hessian(jnp.asarray(np.diag(np.exp(np.random.default_rng(seed).normal(size=IN))), jnp.float32), jnp.asarray(1, jnp.int32))
-    q, damp = solved(w, h, config)
-    codes = np.random.default_rng(seed).integers(0, 2**config.bits, q.codes.shape)
-    found = descend(QuantizedLinear(jnp.asarray(codes, jnp.uint8), q.scale, q.zero, q.group_of, q.bits), w, h, damp)
-    assert_equal_up_to_ties(found, q, w)
+    q = rounded(w, config)
+    assert_equal_up_to_ties(descend(with_codes(q, seed), w, h, DAMP), q, w)
 
 
-@pytest.mark.parametrize("step", ["descent", "refit"])
+@two_laws
 @given(w=weights(OUT, IN), x=activations(2 * IN, IN), dead=st.lists(st.integers(0, IN - 1), min_size=1, unique=True))
-def test_dead_columns_stay_zero(step, w, x, dead):
-    config = QuantConfig(4, 16, sym=False, refine=(step,))
-    h = hessian_of(x.at[:, jnp.asarray(dead)].set(0.0))
-    q, damp = solved(w, h, config)
-    found = refine(q, w, h, damp, config, round_in_loops)
+def test_dead_columns_become_zero(config, w, x, dead):
+    h = hessian_of(np.where(np.isin(np.arange(IN), dead), np.float32(0), x))
+    q = rounded(w, config)
+    found = refit(descend(q, w, h, DAMP), w, h, DAMP, config)
     assert not np.asarray(dequantize(found))[:, dead].any()
     assert found.problems() == ()
+
+
+def problem(out: int, inputs: int, rows: int = 400) -> tuple[jax.Array, Hessian]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, inputs)) * np.exp(rng.normal(size=inputs)) + rng.normal(size=(rows, 4)) @ rng.normal(size=(4, inputs))
+    return jnp.asarray(rng.normal(size=(out, inputs)), jnp.float32), hessian_of(jnp.asarray(x, jnp.float32))
+
+
+@pytest.mark.parametrize("config", [QuantConfig(3, 48, sym=False, order="act"), QuantConfig(4, 16, grid="minmax")], ids=name)
+def test_wide_and_many_rows(config, monkeypatch):
+    """Several panels, of which the last is filled up, and more rows than are refitted at once."""
+    w, h = problem(5, 300)
+    q = rounded(w, config)
+    found = descend(q, w, h, DAMP)
+    loops, after = Exact(q, w, h, DAMP), Exact(found, w, h, DAMP)
+    start = loops.objective()
+    loops.follow(after.codes, slack=1e-3)
+    assert (after.objective() < 0.9 * start).all()
+    whole = refit(found, w, h, DAMP, config)
+    assert (Exact(whole, w, h, DAMP).objective() < 0.999 * after.objective()).all()
+    monkeypatch.setattr(_refine, "_EQUATIONS", 2 * whole.scale.shape[1] ** 2)
+    parts = jax.jit(refit.__wrapped__, static_argnames="config")(found, w, h, DAMP, config)
+    np.testing.assert_allclose(parts.scale, whole.scale, rtol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [QuantConfig(4, 128), QuantConfig(3, 48, sym=False, order="act")], ids=name)
+def test_refinements_on_a_gpu(config):
+    """They gain as much as on a CPU, by the plain loops and by the kernel."""
+    w, h = problem(200, 1200, 3000)
+    q = rounded(w, config)
+    lowered = {}
+    for kind, rounds in {"plain": round_in_loops, "kernel": round_block()}.items():
+        found = descend(q, w, h, DAMP, rounds)
+        again = refit(found, w, h, DAMP, config)
+        before, after, last = (Exact(x, w, h, DAMP) for x in (q, found, again))
+        assert_not_raised(after, before)
+        assert_not_raised(last, after)
+        lowered[kind] = after.objective().sum(), last.objective().sum()
+    np.testing.assert_allclose(lowered["kernel"], lowered["plain"], rtol=1e-3)
+
+
+REFINED = QuantConfig(3, 16, refine=("descent", "refit", "descent"))
+
+
+def test_linears_are_refined_as_their_configuration_says():
+    """By the damping of their factor, under vmap as experts are, and not where too few rows reached them."""
+    w, h = problem(7, 40)
+    f = factor(h, REFINED)
+    q = solve(w, f, QuantConfig(3, 16))[0]
+    expected = descend(refit(descend(q, w, h, f.damp), w, h, f.damp, REFINED), w, h, f.damp)
+    ((_, found, report),) = quantize_linears({"a": {"weight": w}}, h, {"a": REFINED})
+    before, after = (Exact(x, w, h, f.damp).objective() for x in (q, found))
+    assert (after <= before).all()
+    assert after.sum() < 0.95 * before.sum()
+    several = jax.vmap(lambda q, w, h: refine(q, w, h, f.damp, REFINED, round_in_loops))(
+        *(jax.tree.map(lambda a: jnp.stack([a, a]), of) for of in (q, w, h))
+    )
+    for mine in (found, jax.tree.map(lambda a: a[0], several)):
+        assert (np.asarray(mine.codes) == np.asarray(expected.codes)).mean() > 0.98
+        np.testing.assert_allclose(mine.scale, expected.scale, rtol=0.02)
+    ((_, nearest, report),) = quantize_linears({"a": {"weight": w}}, h._replace(rows=jnp.asarray(3)), {"a": REFINED})
+    assert report.rounded
+    np.testing.assert_array_equal(nearest.codes, round_to_nearest(w, REFINED).codes)
+
+
+@pytest.mark.parametrize("wrong", ["descent", ["refit"], ("descend",), ("refit", 2), None])
+def test_other_refinements_are_refused(wrong):
+    with pytest.raises(ValueError, match="refine must be a tuple of 'descent' and 'refit'"):
+        QuantConfig(refine=wrong)
