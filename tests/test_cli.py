@@ -157,5 +157,6 @@ def test_rules_change_the_base() -> None:
     assert rule.pattern == "mlp.*"
     assert rule.config == QuantConfig(bits=8, group_size=None, sym=False)
     assert parse_rule("x=>skip", base).config is None
+    assert parse_rule("x => refine=descent+refit", base).config == QuantConfig(bits=3, group_size=64, refine=("descent", "refit"))
     with pytest.raises(ValueError, match="sets 'speed'"):
         parse_rule("x => speed=9", base)

@@ -202,7 +202,7 @@ def parse_rule(text: str, base: QuantConfig) -> Rule:
         key = key.strip().replace("-", "_")
         if key not in hints or key == "rules":
             raise ValueError(f"The rule {text!r} sets {key!r}; a rule may set {', '.join(k for k in hints if k != 'rules')}.")
-        changes[key] = _value(value.strip())
+        changes[key] = tuple(value.strip().split("+")) if key == "refine" else _value(value.strip())
     return Rule(pattern, replace(base, rules=(), **changes))
 
 
