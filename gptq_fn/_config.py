@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 Bits = Literal[2, 3, 4, 8]
 Order = Literal["natural", "act", "group"]
-Search = Literal["minmax", "mse"]
+Search = Literal["minmax", "mse", "hid", "loop"]
 Seen = Literal["routed", "all"]
 Refinement = Literal["descent", "refit"]
 
@@ -49,7 +49,11 @@ class QuantConfig:
     static_groups: bool = False
     """Take all scales from the original weights, by stored position, before the first column is rounded."""
     grid: Search = "mse"
-    """How a group's scale is chosen: cover the range, or search for the least squared rounding error."""
+    """How a group's scale is chosen: cover the range ("minmax"), or search for what makes an error least: that of rounding
+    ("mse"), the same weighted by what each column's error costs once the columns behind make up for it ("hid"), or the
+    error that GPTQ itself makes in the group ("loop"; the slowest)."""
+    negative_scales: bool = False
+    """Let the search give symmetric grids negative scales, which put the level that has no opposite on the positive side."""
     refine: tuple[Refinement, ...] = ()
     """What follows the pass over the columns, in this order and as often as named: "descent" gives each column in turn its best
     codes for all others, "refit" gives each row its best scales for its codes. Neither ever raises the error under the Hessian."""
@@ -78,6 +82,16 @@ class QuantConfig:
             raise ValueError(f"refine must be a tuple of {steps}, as often as wanted, got {self.refine!r}.")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be positive, or None for one group a row, got {self.group_size}.")
+        if self.grid == "loop" and self.static_groups:
+            raise ValueError(
+                "grid='loop' rounds a group to learn what a scale costs, but static_groups takes all scales before the first column is "
+                "rounded, got both; use grid='hid', or leave static_groups out."
+            )
+        if self.negative_scales and (not self.sym or self.grid == "minmax"):
+            found = "sym=False" if not self.sym else "grid='minmax'"
+            raise ValueError(
+                f"negative_scales are found by a search for symmetric scales, got {found}; use sym=True and grid='mse' or 'hid'."
+            )
         if self.min_rows < 0:
             raise ValueError(f"min_rows is a number of calibration tokens, got {self.min_rows}.")
         if self.damp is not None and not 0 <= self.damp < 1:

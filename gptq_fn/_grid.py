@@ -1,19 +1,21 @@
 """Uniform grids: where the 2^bits levels of a group of weights lie."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gptq_fn._config import Search
-
 SCALE_DTYPE = jnp.float16
 """Checkpoints store scales in this type, so grids are made of its values: codes are chosen for the scale that is kept."""
 
 _FACTORS = tuple(1 - i / 25 for i in range(16))
-"""How far the mse search shrinks a range: from all of it to the 0.4 that suits 2-bit codes of normal weights."""
+"""How far a search shrinks a range: from all of it to the 0.4 that suits 2-bit codes of normal weights."""
+
+_AT_ONCE = 2**29
+"""Weights that GPUs round at once to try factors: 2 GiB of float32, where a search does not happen inside one kernel."""
 
 
 class Grid(NamedTuple):
@@ -21,6 +23,11 @@ class Grid(NamedTuple):
 
     scale: Float[Array, " out"]
     zero: Float[Array, " out"]
+
+
+Cost = Callable[[Grid], Float[Array, " out"]]
+"""What it costs each row to be rounded on its grid. Called with the grids of several copies of all rows, one copy after the
+other, it tells the cost of each."""
 
 
 def encode(w: Float[Array, "out group"], grid: Grid, bits: int) -> Float[Array, "out group"]:
@@ -33,40 +40,76 @@ def decode(codes: Float[Array, "out group"], grid: Grid) -> Float[Array, "out gr
     return grid.scale[:, None] * (codes - grid.zero[:, None])
 
 
-def find_grid(w: Float[Array, "out group"], *, bits: int, sym: bool, method: Search) -> Grid:
+def find_grid(
+    w: Float[Array, "out group"],
+    *,
+    bits: int,
+    sym: bool,
+    method: Literal["minmax", "mse"],
+    weight: Float[Array, " group"] | None = None,
+    negative: bool = False,
+) -> Grid:
     """A grid for each row of `w`; zeros appended to a row do not change it.
 
-    "minmax" covers the row's range and zero. "mse" shrinks that range by the factor that makes the sum of
-    squared rounding errors least. Scales are values of float16.
+    "minmax" covers the row's range and zero. "mse" shrinks that range by the factor that makes the sum of squared rounding
+    errors least, those of column j counted `weight[j]` times; where `negative`, its scales may be so. Scales are values of
+    float16.
     """
+    if method == "minmax":
+        return _grid_over(*_range(w, sym), bits, sym)
+    return cheapest_grid(w, rounding_cost(w, bits, weight), bits=bits, sym=sym, negative=negative)
+
+
+def rounding_cost(w: Float[Array, "out group"], bits: int, weight: Float[Array, " group"] | None = None) -> Cost:
+    """The sum of squared rounding errors, those of column j counted `weight[j]` times."""
+
+    def cost(grid: Grid) -> Float[Array, " rows"]:
+        copies = jnp.tile(w, (len(grid.scale) // len(w), 1))
+        lost = (decode(encode(copies, grid, bits), grid) - copies) ** 2
+        return (lost if weight is None else lost * weight[None]).sum(1)
+
+    return cost
+
+
+def cheapest_grid(w: Float[Array, "out group"], cost: Cost, *, bits: int, sym: bool, negative: bool = False) -> Grid:
+    """For each row of `w` the grid of least cost among those that cover its range shrunk by some factors; of equals, the widest.
+
+    Where `negative`, scales of either sign are tried. That is for symmetric grids: their codes reach one level further below
+    the zero point than above it, and a negative scale turns that level to the other side.
+    """
+    low, high = _range(w, sym)
+    factors = jnp.asarray([sign * factor for sign in ((1, -1) if negative else (1,)) for factor in _FACTORS], w.dtype)
+
+    def shrunk(factor: Float[Array, "*_"], low: Float[Array, "*_"], high: Float[Array, "*_"]) -> Grid:
+        return _grid_over(factor * low, factor * high, bits, sym)
+
+    def costs(at_once: int, low: Float[Array, " out"], high: Float[Array, " out"]) -> Float[Array, "factors out"]:
+        def some(factors: Float[Array, " at_once"]) -> Float[Array, "at_once out"]:
+            grids = shrunk(factors[:, None], low[None], high[None])
+            return cost(Grid(*(a.reshape(-1) for a in grids))).reshape(len(factors), -1)
+
+        return jax.lax.map(some, factors.reshape(-1, at_once)).reshape(len(factors), -1)
+
+    # GPUs try all factors in one kernel; CPUs are faster one after the other, while the weights are in a cache.
+    most = next(n for n in range(len(factors), 0, -1) if len(factors) % n == 0 and (n == 1 or n * w.size <= _AT_ONCE))
+    found = jax.lax.platform_dependent(low, high, cpu=partial(costs, 1), default=partial(costs, most))
+    return shrunk(factors[jnp.argmin(found, 0)], low, high)  # of equals, the first
+
+
+def _range(w: Float[Array, "out group"], sym: bool) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
+    """The least and the largest weight of each row, or zero; of opposite values where `sym`."""
     low, high = jnp.minimum(w.min(1), 0.0), jnp.maximum(w.max(1), 0.0)
     if sym:
         high = jnp.maximum(-low, high)
         low = -high
-    widest = _grid_over(low, high, bits, sym)
-    if method == "minmax":
-        return widest
-
-    def shrunk(factor: Float[Array, "*out"], low: Float[Array, " out"], high: Float[Array, " out"]) -> Grid:
-        return _grid_over(factor * low, factor * high, bits, sym)
-
-    def error(w: Float[Array, "out group"], low: Float[Array, " out"], high: Float[Array, " out"], factor: Float[Array, ""]) -> Array:
-        grid = shrunk(factor, low, high)
-        return ((decode(encode(w, grid, bits), grid) - w) ** 2).sum(1)
-
-    # GPUs try all factors in one kernel; CPUs are faster one after the other, while the weights are in a cache.
-    factors = jnp.asarray(_FACTORS, w.dtype)
-    errors = jax.lax.platform_dependent(
-        w, low, high, cpu=lambda *of: jax.lax.map(partial(error, *of), factors), default=lambda *of: jax.vmap(partial(error, *of))(factors)
-    )
-    return shrunk(factors[jnp.argmin(errors, 0)], low, high)  # of equals, the first
+    return low, high
 
 
-def _grid_over(low: Float[Array, " out"], high: Float[Array, " out"], bits: int, sym: bool) -> Grid:
+def _grid_over(low: Float[Array, "*rows"], high: Float[Array, "*rows"], bits: int, sym: bool) -> Grid:
     """The grid whose first and last level are `low` and `high`, up to the rounding of its scale and zero point."""
     top = 2**bits - 1
     scale = ((high - low) / top).astype(SCALE_DTYPE).astype(low.dtype)
-    scale = jnp.where(scale > 0, scale, 1.0)  # a row without weights, or below float16's reach: every level but 0 is far away
+    scale = jnp.where(jnp.abs(scale) > 0, scale, 1.0)  # a row without weights, or below float16's reach: all levels but 0 are far away
     if sym:
         return Grid(scale, jnp.full_like(scale, 2 ** (bits - 1)))
     return Grid(scale, jnp.clip(jnp.round(-low / scale), 0, top))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from gptq_fn._config import QuantConfig
 from gptq_fn._factor import Factor
-from gptq_fn._grid import SCALE_DTYPE, Grid, decode, encode, find_grid
+from gptq_fn._grid import SCALE_DTYPE, Grid, cheapest_grid, decode, encode, find_grid
 from gptq_fn._product import product
 from gptq_fn._quantized import QuantizedLinear
 
@@ -24,9 +24,9 @@ _PANEL, _STRIP = 128, 16
 """Columns whose updates stay inside a block: the panel fits the second level of cache, the strip the first."""
 _LEAF = 1024
 """Columns that are rounded panel after panel. Wider matrices are halved, so that most updates are wide products."""
-Find = Callable[[Float[Array, "columns out"], Int[Array, ""]], Grid]
-"""The grid [1, out] of a block of weights, or the grids [columns, out] of its columns, from these weights and the position of
-their first column."""
+Find = Callable[[Float[Array, "columns out"], Float[Array, "columns columns"], Int[Array, ""]], Grid]
+"""The grid [1, out] of a block of weights, or the grids [columns, out] of its columns, from these weights, the factor's square
+on these columns and the position of the first one."""
 
 Rounded = tuple[UInt8[Array, "columns out"], Float[Array, "columns out"]]
 """The codes of a block of columns, and their rounding errors divided by the diagonal of the factor."""
@@ -70,23 +70,24 @@ def solve(
     turn = jnp.arange(n)
     by_place = config.static_groups or config.order == "group"
     group = (factor.order if by_place else turn) // width  # the group of the column that is processed p-th
+    place = jnp.zeros_like(turn).at[factor.order].set(turn, unique_indices=True)  # of each stored column among the processed
     if config.static_groups:
-        stored = _stored_grids(w, config)
+        stored = _stored_grids(w, config, _cost_of_errors(factor.upper)[place] if config.grid == "hid" else None)
         slot, block, find = turn, _PANEL, partial(_look_up, stored, jnp.pad(group, (0, _round_up(n, _PANEL) - n)))
     else:
         # Blocks are of one width, so a narrower last group is filled up with empty columns where it ends.
         stored, last_end = None, jnp.max(jnp.where(group == groups - 1, turn, 0))
         slot = turn + jnp.where(turn > last_end, groups * width - n, 0)
-        block, find = (width if groups > 1 else _round_up(n, _PANEL)), partial(_fit, config)
+        block = width if groups > 1 else _round_up(n, _PANEL)
+        find = partial(_fit, config, round_block)
 
     widths = _widths(block)
     size = _round_up(n, widths[0])
     columns = _spread(w.T[factor.order], slot, size)
     upper = _spread(_spread(factor.upper, slot, size).T, slot, size).T
     upper = upper + jnp.diag(jnp.ones(size, upper.dtype).at[slot].set(0.0))
-    codes, errors, found = _round_columns(columns, upper, find, block, widths, round_block, config.bits)
+    codes, errors, found = _round_columns(columns, upper, find, widths, round_block, config.bits)
 
-    place = jnp.zeros_like(turn).at[factor.order].set(turn, unique_indices=True)  # of each stored column among the processed
     if stored is None:
         rank = jnp.zeros(groups, slot.dtype).at[group].set(slot // block)  # of each stored group among the processed
         stored = Grid(*(a[rank].T for a in found))
@@ -102,60 +103,91 @@ def solve(
 
 @partial(jax.jit, static_argnames="config")
 def round_to_nearest(w: Float[Array, "out in"], config: QuantConfig) -> QuantizedLinear:
-    """Every weight at its nearest level, on grids by stored position: what quantization costs without calibration."""
+    """Every weight at its nearest level, on grids by stored position: what quantization costs without calibration.
+
+    Where `config.grid` is a search that needs a Hessian, "hid" or "loop", grids are those of "mse".
+    """
     w = w.astype(jnp.float32)
     n = w.shape[1]
-    grid = _stored_grids(w, config)
+    grid = _stored_grids(w, config, None)
     group = jnp.arange(n, dtype=jnp.int32) // group_width(n, config)
     levels = jnp.round(w / grid.scale[:, group]) + grid.zero[:, group]
     codes = jnp.clip(levels, 0, config.max_code).astype(jnp.uint8)
     return QuantizedLinear(codes, grid.scale.astype(SCALE_DTYPE), grid.zero.astype(jnp.uint8), group, config.bits)
 
 
-def _look_up(stored: Grid, group: Int[Array, " in"], w: Float[Array, "columns out"], first: Int[Array, ""]) -> Grid:
+def _look_up(stored: Grid, group: Int[Array, " in"], w: Float[Array, "columns out"], _: Array, first: Int[Array, ""]) -> Grid:
     """The grids of the groups to which the columns from position `first` on belong."""
     mine = jax.lax.dynamic_slice_in_dim(group, first, len(w))
     return Grid(*(jnp.take(a, mine, axis=1).T for a in stored))
 
 
-def _fit(config: QuantConfig, w: Float[Array, "columns out"], _: Array) -> Grid:
+def _fit(
+    config: QuantConfig, round_block: RoundBlock, w: Float[Array, "columns out"], upper: Float[Array, "columns columns"], _: Array
+) -> Grid:
     """The grid that suits these weights as they are now."""
-    return Grid(*(a[None] for a in find_grid(w.T, bits=config.bits, sym=config.sym, method=config.grid)))
+    if config.grid == "loop":
+
+        def cost(grid: Grid) -> Float[Array, " rows"]:
+            copies = jnp.tile(w, (1, len(grid.scale) // w.shape[1]))
+            errors = _round_in_panels(copies, upper, Grid(*(a[None] for a in grid)), config.bits, round_block)[1]
+            return (errors**2).sum(0)
+
+        found = cheapest_grid(w.T, cost, bits=config.bits, sym=config.sym, negative=config.negative_scales)
+    else:
+        found = _searched(config, w.T, _cost_of_errors(upper) if config.grid == "hid" else None)
+    return Grid(*(a[None] for a in found))
+
+
+def _searched(config: QuantConfig, w: Float[Array, "out group"], weight: Float[Array, " group"] | None) -> Grid:
+    """A grid for each row by the search of `config`, with rounding errors weighted where there is a `weight`."""
+    method = "minmax" if config.grid == "minmax" else "mse"
+    return find_grid(w, bits=config.bits, sym=config.sym, method=method, weight=weight, negative=config.negative_scales)
+
+
+def _cost_of_errors(upper: Float[Array, "columns columns"]) -> Float[Array, " columns"]:
+    """What a squared rounding error of each column adds to the objective, after the best change of the columns behind it."""
+    return 1 / jnp.diagonal(upper) ** 2
 
 
 def _round_columns(
     w: Float[Array, "columns out"],
     upper: Float[Array, "columns columns"],
     find: Find,
-    block: int,
     widths: tuple[int, ...],
     round_block: RoundBlock,
     bits: int,
 ) -> tuple[Array, Array, Grid]:
     """Codes [columns, out], scaled errors [columns, out] and the grids that `find` chose [blocks, out].
 
-    `widths` are those of nested blocks, each a divisor of the one before; `block` is one of them: the one at whose entry
-    `find` chooses a grid. Blocks of the last width are left to `round_block`. The program grows with the columns only by
-    the halves that they are cut into.
+    `widths` are those of nested blocks, each a divisor of the one before; at the entry of one of the last width, `find`
+    chooses a grid. The program grows with the columns only by the halves that they are cut into.
     """
 
-    def visit(w: Array, upper: Array, first: Array, grid: Grid | None, widths: tuple[int, ...]) -> tuple[Array, tuple[Array, Grid | None]]:
-        size, *inner = widths
+    def visit(w: Array, upper: Array, first: Array, widths: tuple[int, ...]) -> tuple[Array, tuple[Array, Grid]]:
+        if not widths:
+            grid = find(w, upper, first)
+            codes, errors = _round_in_panels(w, upper, grid, bits, round_block)
+            return errors, (codes, grid)
+        return _sweep(w, upper, widths[0], lambda mine, square, start: visit(mine, square, first + start, widths[1:]))
 
-        def part(mine: Array, square: Array, start: Array) -> tuple[Array, tuple[Array, Grid | None]]:
-            chosen = find(mine, first + start) if size == block else grid
-            if inner:
-                errors, (codes, grids) = visit(mine, square, first + start, chosen, tuple(inner))
-            else:
-                assert chosen is not None
-                (codes, errors), grids = round_block(mine, square, chosen, bits), None
-            return errors, (codes, chosen if size == block else grids)
-
-        return _sweep(w, upper, size, part)
-
-    errors, (codes, grids) = visit(w, upper, jnp.asarray(0), None, widths)
-    assert grids is not None
+    errors, (codes, grids) = visit(w, upper, jnp.asarray(0), widths)
     return codes, errors, grids
+
+
+def _round_in_panels(
+    w: Float[Array, "columns out"], upper: Float[Array, "columns columns"], grid: Grid, bits: int, round_block: RoundBlock
+) -> Rounded:
+    """What `round_block` makes of a block of any width with one grid [1, out], which it gets in blocks of at most a panel."""
+    if len(w) <= _PANEL:
+        return round_block(w, upper, grid, bits)
+
+    def part(mine: Array, square: Array, _: Array) -> tuple[Array, Array]:
+        codes, errors = round_block(mine, square, grid, bits)
+        return errors, codes
+
+    errors, codes = _sweep(w, upper, _near(len(w), _PANEL), part)
+    return codes, errors
 
 
 def _sweep(
@@ -187,9 +219,9 @@ def _sweep(
 
 
 def _widths(block: int) -> tuple[int, ...]:
-    """The widths of nested blocks from the panel on, with `block` among them; the last is at most a panel."""
-    panel = _near(_near(block, _STRIP) if block < _STRIP else block, _PANEL)
-    return tuple(sorted({panel, block} | ({_near(block, _STRIP)} if block < _STRIP else set()), reverse=True))
+    """The widths of nested blocks down to `block`: panels and strips, where they are wider."""
+    strip = max(block, _near(block, _STRIP))
+    return tuple(sorted({block, strip, max(block, _near(strip, _PANEL))}, reverse=True))
 
 
 def _near(width: int, limit: int) -> int:
@@ -215,10 +247,11 @@ def _spread(rows: Float[Array, "n m"], slot: Int[Array, " n"], size: int) -> Flo
     return jnp.zeros((size, rows.shape[1]), rows.dtype).at[slot].set(rows, unique_indices=True)
 
 
-def _stored_grids(w: Float[Array, "out in"], config: QuantConfig) -> Grid:
-    """Scales and zero points [out, groups] of the groups as they lie in the row."""
+def _stored_grids(w: Float[Array, "out in"], config: QuantConfig, weight: Float[Array, " in"] | None) -> Grid:
+    """Scales and zero points [out, groups] of the groups as they lie in the row, with rounding errors weighted where asked."""
     out, n = w.shape
     width = group_width(n, config)
-    full = jnp.pad(w, ((0, 0), (0, _round_up(n, width) - n))).reshape(-1, width)
-    grid = find_grid(full, bits=config.bits, sym=config.sym, method=config.grid)
-    return Grid(*(a.reshape(out, -1) for a in grid))
+    missing = _round_up(n, width) - n
+    full = jnp.pad(w, ((0, 0), (0, missing))).reshape(out, -1, width)
+    each = None if weight is None else jnp.pad(weight, (0, missing)).reshape(-1, width)
+    return jax.vmap(partial(_searched, config), in_axes=(1, 0), out_axes=1)(full, each)

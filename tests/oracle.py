@@ -66,12 +66,36 @@ def groups(order: list[int], config: QuantConfig) -> np.ndarray:
     return np.arange(n) // size
 
 
+class Elimination(NamedTuple):
+    """What rounding column i at its turn does to the columns that are left, for each column in stored order."""
+
+    row: np.ndarray
+    """Row i of the inverse Hessian of column i and those behind it, zero for those before."""
+    pivot: np.ndarray
+    """Its diagonal: 1 over this is what a squared error of column i adds to the objective."""
+
+
+def eliminate(h: np.ndarray, order: list[int]) -> Elimination:
+    inverse, row = np.linalg.inv(h), np.zeros_like(h)
+    for i in order:
+        row[i] = inverse[i]
+        inverse = inverse - np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return Elimination(row, np.diag(row).copy())
+
+
+def factors(config: QuantConfig) -> list[float]:
+    """Those of a search, in the order of preference; minmax tries only the whole range."""
+    if config.grid == "minmax":
+        return [1.0]
+    return [*FACTORS, *(-f for f in FACTORS)] if config.negative_scales else FACTORS
+
+
 def grid(w: np.ndarray, config: QuantConfig, factor: float, nudge: tuple[float, float] = (0.0, 0.0)) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point of each row over `factor` times its range; `nudge` moves both before they are rounded."""
     top = 2**config.bits - 1
     low, high = np.minimum(w.min(1), 0) * factor, np.maximum(w.max(1), 0) * factor
     if config.sym:
-        high = np.maximum(-low, high)
+        high = np.sign(factor) * np.maximum(np.abs(low), np.abs(high))
         low = -high
     scale = ((high - low) / top * (1 + nudge[0])).astype(np.float16).astype(np.float64)
     scale[scale == 0] = 1
@@ -86,8 +110,31 @@ def levels(w: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.
 
 
 def rounding_error(w: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
-    scale, zero = scale[:, None], zero[:, None]
-    return ((scale * (np.round(levels(w, scale, zero, bits)) - zero) - w) ** 2).sum(1)
+    scale, zero = scale[..., None], zero[..., None]
+    return (scale * (np.round(levels(w, scale, zero, bits)) - zero) - w) ** 2
+
+
+class Entered(NamedTuple):
+    """A group when its first column's turn comes."""
+
+    w: np.ndarray
+    """[out, columns] in the order of their turns."""
+    row: np.ndarray
+    """Of the elimination, for these columns."""
+    pivot: np.ndarray
+
+
+def cost(scale: np.ndarray, zero: np.ndarray, group: Entered, config: QuantConfig, lean: float = 0.0) -> np.ndarray:
+    """What the search of `config` makes least, of grids [..., out]; weights lie `lean` levels higher where they are rounded."""
+    w, row, pivot = group
+    if config.grid != "loop":
+        return (rounding_error(w, scale, zero, config.bits) / (pivot if config.grid == "hid" else 1)).sum(-1)
+    left, total = np.broadcast_to(w, (*scale.shape, w.shape[1])).copy(), np.zeros_like(scale)
+    for j, p in enumerate(pivot):
+        error = left[..., j] - scale * (np.round(levels(left[..., j] + lean * scale, scale, zero, config.bits)) - zero)
+        left[..., j + 1 :] -= (error / p)[..., None] * row[j, j + 1 :]
+        total += error**2 / p
+    return total
 
 
 class Nearest:
@@ -98,12 +145,11 @@ class Nearest:
     def __init__(self, config: QuantConfig):
         self.config = config
 
-    def grid(self, group: int, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        factors = FACTORS if self.config.grid == "mse" else [1.0]
-        tried = [grid(w, self.config, factor) for factor in factors]
-        best = np.argmin([rounding_error(w, *g, self.config.bits) for g in tried], axis=0)  # the first of equals
+    def grid(self, group: int, entered: Entered) -> tuple[np.ndarray, np.ndarray]:
+        tried = [grid(entered.w, self.config, factor) for factor in factors(self.config)]
+        best = np.argmin([cost(*g, entered, self.config) for g in tried], axis=0)  # the first of equals
         scale, zero = np.transpose(tried, (1, 0, 2))
-        rows = np.arange(len(w))
+        rows = np.arange(len(entered.w))
         return scale[best, rows], zero[best, rows]
 
     def codes(self, column: int, level: np.ndarray) -> np.ndarray:
@@ -121,20 +167,22 @@ class Following(Nearest):
         self.found = [np.asarray(a, np.float64) for a in (q.codes, q.scale, q.zero)]
         self.slack = slack
 
-    def grid(self, group: int, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        config, slack = self.config, self.slack
+    def grid(self, group: int, entered: Entered) -> tuple[np.ndarray, np.ndarray]:
+        config, slack, w = self.config, self.slack, entered.w
         _, scale, zero = self.found
         scale, zero = scale[:, group], zero[:, group]
-        factors = FACTORS if config.grid == "mse" else [1.0]
         nudges = [(s, z) for s in (-1e-5, 0.0, 1e-5) for z in (-slack, 0.0, slack)]  # 1e-5 is far below float16's step
-        tried = np.array([[grid(w, config, factor, nudge) for nudge in nudges] for factor in factors])
-        possible = (np.abs(tried[:, :, 0] - scale) < 1e-9 * scale) & (tried[:, :, 1] == zero)
+        tried = np.array([[grid(w, config, factor, nudge) for nudge in nudges] for factor in factors(config)])
+        possible = (np.abs(tried[:, :, 0] - scale) < 1e-9 * np.abs(scale)) & (tried[:, :, 1] == zero)
         assert possible.any((0, 1)).all(), f"group {group}: no factor gives the grid of rows {np.nonzero(~possible.any((0, 1)))[0]}"
-        error = np.array([[rounding_error(w, g[0], g[1], config.bits) for g in row] for row in tried])
-        ours, best = rounding_error(w, scale, zero, config.bits), error.max(1).min(0)
-        step = slack * scale**2 * w.shape[1]
-        assert (ours <= best * (1 + slack) + step).all(), f"group {group}: a better grid exists for rows {np.nonzero(ours > best)[0]}"
-        free = super().grid(group, w)
+        leans = (-slack, 0.0, slack) if config.grid == "loop" else (0.0,)  # there a tie changes all that follows
+        cheapest = np.max([cost(tried[:, :, 0], tried[:, :, 1], entered, config, lean) for lean in leans], axis=0).max(1).min(0)
+        ours = np.min([cost(scale, zero, entered, config, lean) for lean in leans], axis=0)
+        step = slack * scale**2 * (w.shape[1] if config.grid == "mse" else (1 / entered.pivot).sum())
+        if config.grid != "minmax":
+            wrong = np.nonzero(ours > cheapest * (1 + slack) + step)[0]
+            assert not wrong.size, f"group {group}: better grids exist for rows {wrong}: {ours[wrong]}, {cheapest[wrong]}"
+        free = super().grid(group, entered)
         self.strayed += int(((free[0] != scale) | (free[1] != zero)).sum())
         return scale, zero
 
@@ -157,21 +205,25 @@ def gptq(problem: Problem, decide: Nearest | None = None) -> Solution:
     out, n = w.shape
     count = int(group_of.max()) + 1
     scale, zero = np.zeros((out, count)), np.zeros((out, count))
+    turns = eliminate(h, order)
+
+    def choose(g: int, w: np.ndarray) -> None:
+        mine = [i for i in order if group_of[i] == g]
+        scale[:, g], zero[:, g] = decide.grid(g, Entered(w[:, mine], turns.row[np.ix_(mine, mine)], turns.pivot[mine]))
+
     if config.static_groups:
         for g in range(count):
-            scale[:, g], zero[:, g] = decide.grid(g, w[:, group_of == g])
-    current, inverse = w.copy(), np.linalg.inv(h)
+            choose(g, w)
+    current = w.copy()
     codes, q = np.zeros((out, n)), np.zeros((out, n))
     entered: set[int] = set()
     for i in order:
         g = group_of[i]
         if g not in entered and not config.static_groups:
-            scale[:, g], zero[:, g] = decide.grid(g, current[:, group_of == g])
+            choose(g, current)
         entered.add(g)
         codes[:, i] = decide.codes(i, levels(current[:, i], scale[:, g], zero[:, g], config.bits))
         q[:, i] = scale[:, g] * (codes[:, i] - zero[:, g])
-        error = (current[:, i] - q[:, i]) / inverse[i, i]
-        current -= np.outer(error, inverse[i])
-        inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+        current -= np.outer((current[:, i] - q[:, i]) / turns.pivot[i], turns.row[i])
     lost = w - q
     return Solution(codes, scale, zero, group_of, np.einsum("oi,ij,oj->o", lost, h, lost), decide.strayed)

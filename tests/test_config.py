@@ -19,9 +19,22 @@ def test_a_config_is_a_key(config):
     [
         ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5."),
         ({"order": "desc_act"}, "order must be one of natural, act, group, got 'desc_act'."),
-        ({"grid": "max"}, "grid must be one of minmax, mse, got 'max'."),
+        ({"grid": "max"}, "grid must be one of minmax, mse, hid, loop, got 'max'."),
         ({"group_size": 0}, "group_size must be positive, or None for one group a row, got 0."),
         ({"group_size": -1}, "group_size must be positive, or None for one group a row, got -1."),
+        (
+            {"grid": "loop", "static_groups": True},
+            "grid='loop' rounds a group to learn what a scale costs, but static_groups takes all scales before the first column "
+            "is rounded, got both; use grid='hid', or leave static_groups out.",
+        ),
+        (
+            {"negative_scales": True, "sym": False},
+            "negative_scales are found by a search for symmetric scales, got sym=False; use sym=True and grid='mse' or 'hid'.",
+        ),
+        (
+            {"negative_scales": True, "grid": "minmax"},
+            "negative_scales are found by a search for symmetric scales, got grid='minmax'; use sym=True and grid='mse' or 'hid'.",
+        ),
         ({"damp": -0.1}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got -0.1."),
         ({"damp": 1.0}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got 1.0."),
         ({"damp": float("nan")}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got nan."),

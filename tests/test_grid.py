@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import Entered, cost, factors, grid
 
 import gptq_fn
 from gptq_fn import Grid, QuantConfig, decode, dequantize, find_grid, round_to_nearest
@@ -16,7 +17,7 @@ from gptq_fn.testing import weights
 OUT, WIDTH = 8, 24
 SCHEMES = [(bits, sym) for bits in (2, 3, 4, 8) for sym in (True, False)]
 schemes = pytest.mark.parametrize(("bits", "sym"), SCHEMES)
-find = partial(jax.jit, static_argnames=("bits", "sym", "method"))(find_grid)
+find = partial(jax.jit, static_argnames=("bits", "sym", "method", "negative"))(find_grid)
 encode = partial(jax.jit, static_argnames="bits")(gptq_fn.encode)
 
 
@@ -115,6 +116,42 @@ def test_a_symmetric_grid_has_the_unit_of_the_weights(method, sign, w, power):
     unit = sign * 2.0**power
     scale, other = (find(v, bits=4, sym=True, method=method).scale for v in (w, unit * w))
     np.testing.assert_array_equal(scale * 2.0**power, other)
+
+
+@pytest.mark.parametrize(("bits", "sym", "negative"), [(2, True, True), (3, True, False), (4, True, True), (4, False, False)])
+@given(w=weights(OUT, WIDTH), seed=st.integers(0, 1000))
+def test_the_search_is_that_of_float64_with_each_column_weighted(bits, sym, negative, w, seed):
+    weight = np.exp(2 * np.random.default_rng(seed).normal(size=WIDTH)).astype(np.float32)
+    found = find(w, bits=bits, sym=sym, method="mse", weight=jnp.asarray(weight), negative=negative)
+    config, exact = QuantConfig(bits, sym=sym, grid="hid", negative_scales=negative), np.asarray(w, np.float64)
+    entered = Entered(exact, np.eye(WIDTH), 1 / weight.astype(np.float64))
+    least = np.min([cost(*grid(exact, config, factor), entered, config) for factor in factors(config)], axis=0)
+    scale, zero = (np.asarray(a, np.float64) for a in found)
+    assert (cost(scale, zero, entered, config) <= least * (1 + 1e-4) + 1e-6 * scale**2 * weight.sum()).all()
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@given(w=weights(OUT, WIDTH), power=st.integers(-20, 20))
+def test_equal_weights_change_nothing(negative, w, power):
+    weighted = find(w, bits=4, sym=True, method="mse", weight=jnp.full(WIDTH, 2.0**power), negative=negative)
+    for a, b in zip(weighted, find(w, bits=4, sym=True, method="mse", negative=negative), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@given(seed=st.integers(0, 1000))
+def test_the_sign_of_weights_turns_the_sign_of_scales(bits, seed):
+    """Rows whose values lie on all levels, the one without an opposite among them, take the sign that covers it."""
+    rng, top = np.random.default_rng(seed), 2 ** (bits - 1)
+    levels = np.stack([np.concatenate([np.arange(-top, top), rng.integers(-top, top, WIDTH)]) for _ in range(OUT)])
+    scale = rng.uniform(0.1, 1, (OUT, 1))
+    w = jnp.asarray(np.concatenate([levels * scale, -levels * scale]), jnp.float32)
+    found = find(w, bits=bits, sym=True, method="mse", negative=True)
+    assert (found.scale[:OUT] > 0).all()
+    assert (found.scale[OUT:] < 0).all()
+    np.testing.assert_array_equal(found.scale[OUT:], -found.scale[:OUT])
+    codes = encode(w, found, bits)
+    np.testing.assert_array_equal(codes[OUT:], codes[:OUT])
 
 
 @pytest.mark.parametrize("group_size", [16, 10, None])

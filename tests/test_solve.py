@@ -16,26 +16,48 @@ from gptq_fn.testing import activations, assert_equal_up_to_ties, hessian_of, he
 
 # Inputs for each group size: groups narrower and wider than the panel of 128 columns, ragged last groups, one group.
 WIDTHS = {16: 72, 32: 160, 48: 200, 128: 300, 256: 300, 1024: 96, None: 200}
-SCHEMES = list(itertools.product((2, 3, 4, 8), (True, False), ("minmax", "mse")))
+SCHEMES = list(itertools.product((2, 3, 4, 8), (True, False), ("minmax", "mse", "hid", "loop"), (False, True)))
 PLACES = list(itertools.product(WIDTHS, ("natural", "act", "group"), (False, True)))
+
+
+def allowed(scheme: tuple, place: tuple) -> bool:
+    """Whether a QuantConfig may have these options."""
+    (_, sym, search, negative), (_, _, static) = scheme, place
+    return (sym and search != "minmax" if negative else True) and not (search == "loop" and static)
+
+
+def pairs(options: tuple) -> set:
+    return set(itertools.combinations(enumerate(options), 2))
+
+
+def covering() -> list[tuple]:
+    """For each place the scheme that brings together most options that no place before did."""
+    chosen, seen = [], set()
+    for place in PLACES:
+        chosen.append(max(((*s, *place) for s in SCHEMES if allowed(s, place)), key=lambda options: len(pairs(options) - seen)))
+        seen |= pairs(chosen[-1])
+    return chosen
+
+
+OPTIONS = covering()
 GRID = [
-    QuantConfig(bits, group_size, sym, order=order, static_groups=static, grid=search)
-    for i, (group_size, order, static) in enumerate(PLACES)
-    for bits, sym, search in [SCHEMES[(3 * i + i // 6) % 16]]  # so that every pair of options occurs
+    QuantConfig(bits, group_size, sym, order=order, static_groups=static, grid=search, negative_scales=negative)
+    for bits, sym, search, negative, group_size, order, static in OPTIONS
 ]
 
 OUT, IN = 8, 72
 """The shape on which all laws are tried, so that each configuration is compiled once."""
 LAWS = [
     QuantConfig(4, 16, sym=False, order="group", grid="mse"),
-    QuantConfig(3, 32, sym=True, order="act", grid="minmax"),
-    QuantConfig(4, None, sym=True, order="act", grid="mse"),
+    QuantConfig(3, 32, sym=True, order="act", grid="loop", negative_scales=True),
+    QuantConfig(4, None, sym=True, order="act", grid="hid"),
     QuantConfig(2, 16, sym=False, order="natural", static_groups=True, grid="minmax"),
 ]
 
 
 def name(c: QuantConfig) -> str:
-    return f"{c.bits}bit-{'sym' if c.sym else 'asym'}-{c.grid}-{c.group_size}-{c.order}{'-static' * c.static_groups}"
+    grid = f"{c.grid}{'-negative' * c.negative_scales}"
+    return f"{c.bits}bit-{'sym' if c.sym else 'asym'}-{grid}-{c.group_size}-{c.order}{'-static' * c.static_groups}"
 
 
 laws = pytest.mark.parametrize("config", LAWS, ids=name)
@@ -57,9 +79,7 @@ def assert_textbook(q: QuantizedLinear, w: jnp.ndarray, h: Hessian, config: Quan
 
 
 def test_the_option_grid_holds_every_pair_of_options():
-    options = [(c.bits, c.sym, c.grid, c.group_size, c.order, c.static_groups) for c in GRID]
-    for a, b in itertools.combinations(range(6), 2):
-        assert {(o[a], o[b]) for o in options} == set(itertools.product({o[a] for o in options}, {o[b] for o in options})), (a, b)
+    assert set().union(*map(pairs, OPTIONS)) == set().union(*(pairs((*s, *p)) for s in SCHEMES for p in PLACES if allowed(s, p)))
 
 
 @pytest.mark.parametrize("config", GRID, ids=name)
@@ -81,7 +101,7 @@ def test_solve_is_textbook_gptq(config, data):
 @given(data=st.data())
 def test_without_correlation_gptq_is_rounding(config, data):
     w = data.draw(weights(OUT, IN))
-    spread = data.draw(st.booleans()) and (config.order != "act" or config.static_groups or config.group_size is None)
+    spread = data.draw(st.booleans()) and config.grid in ("minmax", "mse") and (config.order != "act" or config.static_groups)
     diagonal = np.exp(np.random.default_rng(0).normal(size=IN)) if spread else np.ones(IN)  # act-order regroups unequal inputs
     h = Hessian(jnp.asarray(np.diag(diagonal), jnp.float32), jnp.asarray(1, jnp.int32))
     assert_equal_up_to_ties(solve(w, factor(h, config), config)[0], round_to_nearest(w, config), w)
