@@ -157,6 +157,7 @@ BASE = QuantConfig(damp=0.1)
 ASKED: list[tuple[dict[str, Any], QuantConfig]] = [
     ({}, BASE),
     ({"bits": 3, "group_size": 32, "sym": False}, replace(BASE, bits=3, group_size=32, sym=False)),
+    ({"alpha": 0.5}, replace(BASE, alpha=0.5)),
     ({"group_size": -1, "true_sequential": False}, replace(BASE, group_size=None, sequential=False)),
     ({"damp_percent": 0.01, "desc_act": True, "act_group_aware": False}, replace(BASE, damp=0.01, order="act")),
     ({"damp_percent": None, "act_group_aware": False}, replace(BASE, damp=None, order="natural")),

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from gptq_fn_interop.activations import on_disk
 from gptq_fn_interop.stream import quantize_checkpoint
 from gptq_fn_interop.sweep import sweep
+from gptq_fn_interop.traced import quantize_traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Following, gptq, problem
@@ -304,3 +306,5 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(source, tmp_path):
         next(quantize_linears({"a": {"weight": jnp.ones((4, IN))}}, h, {"a": FIXED}))
     with pytest.raises(ValueError, match="A setting's alpha is not 0, but Hessians do not tell"):
         sweep(source, tmp_path, [QuantConfig(), FIXED])
+    with pytest.raises(ValueError, match="Linear is to run through its own forward, where the float model cannot run beside it"):
+        quantize_traced(torch.nn.Linear(1, 1), TOKENS, FIXED)

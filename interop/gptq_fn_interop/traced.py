@@ -71,6 +71,11 @@ def quantize_traced(
     Raises ValueError or FileExistsError in a sentence where the model, the tokens, the trace or the destination are at fault.
     """
     config = config or QuantConfig()
+    if config.asymmetric:
+        raise ValueError(
+            f"{type(model).__name__} is to run through its own forward, where the float model cannot run beside it as alpha needs. "
+            "Set alpha=0, or describe the model by hand: see docs/own_architecture.md."
+        )
     if destination is not None:
         require_vacant(Path(destination))
     tokens = as_tokens(model, calib)
