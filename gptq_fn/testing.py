@@ -27,10 +27,12 @@ def configs(**fixed: Any) -> st.SearchStrategy[QuantConfig]:
         "sym": st.booleans(),
         "order": st.sampled_from(("natural", "act", "group")),
         "static_groups": st.booleans(),
-        "grid": st.sampled_from(("minmax", "mse")),
+        "grid": st.sampled_from(("minmax", "mse", "hid", "loop")),
+        "negative_scales": st.booleans(),
         "damp": st.sampled_from((None, 0.01)),
     }
-    return st.builds(QuantConfig, **{**drawn, **{name: st.just(value) for name, value in fixed.items()}})
+    fields = st.fixed_dictionaries({**drawn, **{name: st.just(value) for name, value in fixed.items()}})
+    return fields.filter(_possible).map(lambda chosen: QuantConfig(**chosen))
 
 
 def weights(out: int, inputs: int) -> st.SearchStrategy[Float[Array, "out in"]]:
@@ -63,7 +65,7 @@ def hessian_of(x: Float[Array, "rows in"]) -> Hessian:
 
 
 def quantized_linears(out: int, inputs: int, bits: int, *, sym: bool = False) -> st.SearchStrategy[QuantizedLinear]:
-    """Valid quantized linears with any codes; groups lie in a row or, as act-order leaves them, anywhere."""
+    """Valid quantized linears with any codes and scales of either sign; groups lie in a row or, as act-order leaves them, anywhere."""
     width = st.sampled_from(sorted({min(w, inputs) for w in (16, 32, 48, inputs)}))
     fixed = {"shape": st.just((out, inputs)), "bits": st.just(bits), "sym": st.just(sym)}
     return st.builds(_quantized_linear, _SEEDS, width=width, scattered=st.booleans(), biased=st.booleans(), **fixed)
@@ -84,6 +86,12 @@ def assert_equal_up_to_ties(found: QuantizedLinear, expected: QuantizedLinear, w
     middle = (a + b)[rows, columns] / 2 - np.asarray(expected.zero, np.float64)[rows, group]
     wrong = (np.abs(a - b)[rows, columns] > 1) | (np.abs(level - middle) > tie)
     assert not wrong.any(), f"{wrong.sum()} codes differ away from ties, the first at row {rows[wrong][0]}, column {columns[wrong][0]}."
+
+
+def _possible(fields: dict[str, Any]) -> bool:
+    """Whether a configuration may have these fields together."""
+    found = fields["sym"] and fields["grid"] != "minmax"
+    return (found or not fields["negative_scales"]) and not (fields["grid"] == "loop" and fields["static_groups"])
 
 
 _SEEDS = st.integers(0, 2**32 - 1)
@@ -134,7 +142,7 @@ def _quantized_linear(
     zero = np.full((out, groups), 2 ** (bits - 1)) if sym else rng.integers(0, 2**bits, (out, groups))
     return QuantizedLinear(
         codes=jnp.asarray(rng.integers(0, 2**bits, shape), jnp.uint8),
-        scale=jnp.asarray(rng.uniform(0.001, 1, (out, groups)), jnp.float16),
+        scale=jnp.asarray(rng.uniform(0.001, 1, (out, groups)) * rng.choice((-1, 1), (out, groups)), jnp.float16),
         zero=jnp.asarray(zero, jnp.uint8),
         group_of=jnp.asarray(rng.permutation(group_of) if scattered else group_of),
         bits=bits,

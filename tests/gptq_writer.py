@@ -51,13 +51,14 @@ def stored_zeros(zeros: np.ndarray, bits: int, how: str) -> np.ndarray:
 
 
 def random_linear(rng: np.random.Generator, inputs: int, outputs: int, scheme: Scheme) -> Linear:
-    """A linear with random codes, scales, zero points and (for desc_act) groups."""
+    """A linear with random codes, scales, zero points and (for desc_act) groups; scales of symmetric ones have either sign."""
     size = inputs if scheme.group_size == -1 else scheme.group_size
     groups = -(-inputs // size)
     codes = rng.integers(0, 2**scheme.bits, (inputs, outputs))
     middle = np.full((groups, outputs), 2 ** (scheme.bits - 1))
     zeros = middle if scheme.sym else rng.integers(0, 2**scheme.bits, (groups, outputs))
-    scales = torch.tensor(rng.uniform(0.5, 1.5, (groups, outputs)) / np.sqrt(inputs) / 2 ** (scheme.bits - 2)).to(scheme.scales)
+    signs = rng.choice((-1, 1), (groups, outputs)) if scheme.sym else 1
+    scales = torch.tensor(signs * rng.uniform(0.5, 1.5, (groups, outputs)) / np.sqrt(inputs) / 2 ** (scheme.bits - 2)).to(scheme.scales)
     g_idx = np.arange(inputs) // size
     if scheme.desc_act:
         g_idx = rng.permutation(g_idx)

@@ -21,8 +21,8 @@ from gptq_writer import quantization_config as written_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptq_fn import QuantConfig, QuantizedLinear, Report, Rule, dequantize
-from gptq_fn.testing import quantized_linears
+from gptq_fn import QuantConfig, QuantizedLinear, Report, Rule, dequantize, factor, solve
+from gptq_fn.testing import hessian_of, quantized_linears
 
 SHAPES = [(32, 64), (20, 36), (1, 7)]
 KEPT = [(out, inputs, bits) for out, inputs in SHAPES for bits in (2, 3, 4, 8) if unpackable((out, inputs), bits) is None]
@@ -244,6 +244,28 @@ def test_version_2_wherever_a_grid_may_be_asymmetric(sym, inner):
     config = QuantConfig(sym=sym, rules=rules)
     assert zeros_version(config) == ("v2" if not sym or False in inner else "v1")
     assert quantization_config(Report(config, ()))["checkpoint_format"] == {"v1": "gptq", "v2": "gptq_v2"}[zeros_version(config)]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_negative_scales_mean_what_they_say_by_the_formula_of_every_reader(bits):
+    """(code - zero) * scale, from the bits of the words and with one added to stored zero points, as AutoGPTQ does."""
+    rng = np.random.default_rng(bits)
+    w = jnp.asarray(rng.normal(size=(32, 64)), jnp.float32)
+    config = QuantConfig(bits, 32, grid="hid", negative_scales=True, order="natural")
+    q, _ = solve(w, factor(hessian_of(jnp.asarray(rng.normal(size=(200, 64)), jnp.float32)), config), config)
+    tensors = to_tensors(q, zeros_version(config))
+
+    def fields(words: np.ndarray, count: int) -> np.ndarray:
+        stream = (words.view(np.uint32)[:, None] >> np.arange(32, dtype=np.uint32)[None, :, None]) & 1
+        one = stream.reshape(-1, words.shape[1])[: count * bits].reshape(count, bits, -1).astype(np.int64)
+        return (one << np.arange(bits)[None, :, None]).sum(1)
+
+    codes, zeros = fields(tensors["qweight"], 64), fields(np.ascontiguousarray(tensors["qzeros"].T), 32).T + 1
+    group, scales = tensors["g_idx"], tensors["scales"].astype(np.float32)
+    weight = (codes - zeros[group]) * scales[group]
+    assert 0.2 < (scales < 0).mean() < 0.8
+    np.testing.assert_array_equal(weight.T, dequantize(q))
+    assert np.square(weight.T - w).sum() < 0.3 * np.square(w).sum()
 
 
 def test_the_writer_of_these_tests_streams_bits():

@@ -41,7 +41,7 @@ def sweep(
     damp: tuple[float | None, ...] = (None,),
     order: tuple[Literal["natural", "act", "group"], ...] = ("group",),
     sym: bool = True,
-    grid: Literal["minmax", "mse"] = "mse",
+    grid: Literal["minmax", "mse", "hid", "loop"] = "mse",
     rule: Annotated[tuple[str, ...], arg(metavar="'REGEX => skip | key=value,...'")] = (),
     save: Annotated[Path | None, arg(name="out")] = None,
 ) -> None:

@@ -1,7 +1,7 @@
 """The GPTQ checkpoint format: a quantized linear as five tensors, and the object that describes them all.
 
 qweight int32 [in * bits / 32, out] and qzeros int32 [groups, out * bits / 32] hold codes in the bit stream of
-`gptq_fn_kernels.words`; scales [groups, out]; g_idx int32 [in]; bias [out]. Version 1 files ("gptq") store zero - 1, an
+`gptq_fn_kernels.words`; scales [groups, out], of either sign; g_idx int32 [in]; bias [out]. Version 1 files ("gptq") store zero - 1, an
 early packing slip that every reader undoes; version 2 ("gptq_v2") stores the zero point.
 """
 
@@ -52,7 +52,12 @@ def described_by(config: QuantConfig, *, head: bool) -> dict[str, Any]:
         "true_sequential": config.sequential,
         "lm_head": head,
         "pack_dtype": "int32",
-        "meta": {"quantizer": [f"gptq_fn:{version('gptq-fn')}"], "act_group_aware": config.order == "group", "grid": config.grid},
+        "meta": {
+            "quantizer": [f"gptq_fn:{version('gptq-fn')}"],
+            "act_group_aware": config.order == "group",
+            "grid": config.grid,
+            "negative_scales": config.negative_scales,
+        },
     }
     if config.rules:
         rules = ((rule.pattern, rule.config) for rule in config.rules)
