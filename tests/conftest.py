@@ -2,8 +2,9 @@
 
 import os
 
-# Test programs are small and many: LLVM's optimizations would cost more time than they save. Set before JAX starts.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Test programs are small and many: LLVM's optimizations, and XLA's newer way to write fused loops for CPUs, would cost more time
+# than they save. Set before JAX starts.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # the command keeps programs; tests leave the user's cache alone
 
 import importlib.util

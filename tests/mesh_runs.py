@@ -6,7 +6,7 @@ A script, for the number of devices is chosen before JAX starts.
 import json
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,10 +1,6 @@
 """The Triton kernel of the column loop rounds as the plain loops do: in Triton's interpreter, compiled without a GPU, and on one."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gptq_fn_kernels.jax import columns
+from interpreter import interpreter
 
 from gptq_fn import Hessian, QuantConfig, Runtime, factor, quantize_linears, solve
 from gptq_fn._grid import Grid, find_grid
@@ -22,13 +19,6 @@ from gptq_fn.testing import hessian_of
 WIDTHS = (16, 32, 48, 64, 128)
 OUT = 21
 """Rows that no program divides."""
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-interpreter = pytest.mark.skipif(not interpreted(), reason="run by test_under_the_interpreter, in a process of its own")
 
 
 def block_of(width: int, bits: int, *, each: bool, seed: int = 0) -> tuple[jax.Array, jax.Array, Grid]:
@@ -100,7 +90,11 @@ def test_ties_go_to_the_even_level_in_the_interpreter(monkeypatch: pytest.Monkey
 
 
 @interpreter
-@pytest.mark.parametrize("config", [QuantConfig(4, 16, sym=False), QuantConfig(3, 16, static_groups=True)], ids=["fitted", "static"])
+@pytest.mark.parametrize(
+    "config",
+    [QuantConfig(4, 16, sym=False), QuantConfig(3, 16, static_groups=True), QuantConfig(3, 16, grid="loop")],
+    ids=["fitted", "static", "loop"],
+)
 def test_solving_many_at_once_in_the_interpreter(config: QuantConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under vmap and jit, inside the solver's scans, the kernel gives what each problem alone gives."""
     monkeypatch.setattr(columns, "launch", _launched)
@@ -116,19 +110,6 @@ def test_solving_many_at_once_in_the_interpreter(config: QuantConfig, monkeypatc
     (found, loss), (plain, exact) = solved(w, h, _by_kernel), solved(w, h, round_in_loops)
     assert (np.asarray(found.codes) == np.asarray(plain.codes)).mean() > 0.99
     np.testing.assert_allclose(loss.sum(), exact.sum(), rtol=1e-3)
-
-
-def test_under_the_interpreter() -> None:
-    """Triton decides when it decorates a kernel whether to interpret it, so this takes a process of its own."""
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "in_the_interpreter", "-p", "no:xdist", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stdout[-3000:]
-    assert found.stdout.startswith("." * 8), found.stdout
 
 
 # compiled
@@ -199,6 +180,8 @@ def test_many_blocks_on_a_gpu() -> None:
         QuantConfig(2, 128, order="act", static_groups=True),
         QuantConfig(8, None, order="act"),
         QuantConfig(4, 256, sym=False),
+        QuantConfig(3, 64, grid="loop", negative_scales=True),
+        QuantConfig(4, 256, grid="loop"),
     ],
     ids=str,
 )

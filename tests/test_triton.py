@@ -1,10 +1,6 @@
 """The Triton tier computes x W^T: under Triton's interpreter everywhere, compiled on a GPU, and compiled without one for several."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +13,7 @@ from gptq_fn_kernels.triton.weight import prepare
 from gptq_writer import SCALE_DTYPES, Linear, Scheme, random_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import interpreter
 
 BITS = (2, 3, 4, 8)
 GROUPS = (-1, 8, 16, 24, 32, 48, 64, 96, 128, 256)
@@ -147,11 +144,7 @@ def check(packed: Packed, x: torch.Tensor, exact: torch.Tensor) -> None:
     assert relative(found, y.double() @ dequantize(packed, torch.float64)) < tolerance
 
 
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.mark.skipif(not interpreted(), reason="run by test_under_the_interpreter, in a process of its own")
+@interpreter
 @settings(max_examples=8)
 @given(linears(), st.sampled_from((1, 3, 9, 20)), st.sampled_from((torch.float16, torch.float32)), seeds)
 def test_products_in_the_interpreter(drawn: tuple[Linear, Scheme], m: int, dtype: torch.dtype, seed: int) -> None:
@@ -160,7 +153,7 @@ def test_products_in_the_interpreter(drawn: tuple[Linear, Scheme], m: int, dtype
     check(packed, x, exact_of(x, packed))
 
 
-@pytest.mark.skipif(not interpreted(), reason="run by test_under_the_interpreter, in a process of its own")
+@interpreter
 @pytest.mark.parametrize("m", [0, 12, 40, 400])
 def test_every_plan_in_the_interpreter(m: int) -> None:
     scheme = Scheme(3, 64, sym=False, desc_act=True)
@@ -169,20 +162,7 @@ def test_every_plan_in_the_interpreter(m: int) -> None:
     check(packed, x, exact_of(x, packed))
 
 
-def test_under_the_interpreter() -> None:
-    """Triton decides when it decorates a kernel whether to interpret it, so this takes a process of its own."""
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "in_the_interpreter", "-p", "no:xdist", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stdout[-3000:]
-    assert found.stdout.startswith("." * 6), found.stdout
-
-
-@pytest.mark.skipif(not interpreted(), reason="run by test_under_the_interpreter, in a process of its own")
+@interpreter
 def test_operators_in_the_interpreter() -> None:
     scheme = Scheme(4, 32, desc_act=True)
     packed = packed_of(random_linear(np.random.default_rng(0), 96, 40, scheme), scheme)

@@ -1,7 +1,7 @@
 """Activations that wait on disk: files of raw bytes, one for each pytree."""
 
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -40,7 +40,7 @@ class _Waiting:
             self._leaves.append(_Leaf(leaf.shape, leaf.dtype, leaf.sharding, shards[0].data.shape, offsets, leaf.committed))
             end += len(shards) * shards[0].data.nbytes
         self._written = pool.submit(_write, path, leaves)
-        weakref.finalize(self, self._written.add_done_callback, partial(_remove, path))
+        weakref.finalize(self, _let_go, path, self._written)
 
     def block_until_ready(self) -> "_Waiting":
         """Wait until the file is written, as `jax.block_until_ready` does. Raises OSError where it cannot be."""
@@ -57,7 +57,8 @@ class _Waiting:
 def on_disk(directory: str | Path) -> Store:
     """Activations wait in files of `directory`, which is made when it is needed; each is removed when its arrays are let go of.
 
-    Files are written by another thread while the next arrays are computed. What goes wrong in it is raised by the next step.
+    Files are written by another thread while the next arrays are computed. What goes wrong in it is raised by the next step. It
+    removes a file that it is writing when the arrays are let go of, once it is written.
     """
     directory, numbers = Path(directory), count()
     pool = ThreadPoolExecutor(1, "activations")
@@ -89,7 +90,13 @@ def _read(file: Any, leaf: _Leaf) -> jax.Array:
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
 
 
+def _let_go(path: Path, written: Future[None]) -> None:
+    """Have a file removed that nobody waits for: now, or by the thread that is writing it. One not begun is never written."""
+    written.cancel()
+    written.add_done_callback(partial(_remove, path))
+
+
 def _remove(path: Path, written: Any) -> None:
-    """Remove a file that nobody waits for, whether it could be written or not."""
+    """Remove a file, whether it could be written or not."""
     with suppress(OSError):
         path.unlink()
