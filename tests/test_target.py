@@ -84,11 +84,17 @@ def close(found: Any, expected: np.ndarray, tolerance: float = 2e-3) -> None:
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * max(np.abs(expected).max(), 1e-6))
 
 
+def stepped(found: Any, w: Any, step: np.ndarray) -> None:
+    """`found` is w + step, but for what float32 loses of the step and of the sum."""
+    atol = 2e-3 * np.abs(step).max() + 1e-6 * float(jnp.abs(w).max())
+    np.testing.assert_allclose(found, np.asarray(w, np.float64) + step, rtol=0, atol=atol)
+
+
 @given(w=weights(OUT, IN), xs=streams, order=st.sampled_from(("natural", "act", "group")), alpha=st.sampled_from((0.3, 1.0)))
 def test_the_target_is_damped_least_squares(w, xs, order, alpha):
     config = QuantConfig(group_size=4, order=order, alpha=alpha)
     found = aimed(w, config, moments(config, xs))
-    close(found.w - w, alpha * way(w, *xs))
+    stepped(found.w, w, alpha * way(w, *xs))
     close(found.fall, off(w, w, *xs) - off(w, np.asarray(found.w, np.float64), *xs), 1e-2)
     if alpha == 1:  # where the gradient of the least squares with damping is zero
         x, exact, target, flat = (np.asarray(a, np.float64).reshape(-1, IN) for a in (*xs, found.w, w))
@@ -100,13 +106,13 @@ def test_the_target_is_damped_least_squares(w, xs, order, alpha):
 def test_it_is_linear_in_alpha_and_stays_where_both_streams_are_the_same(w, xs):
     m = moments(FIXED, xs)
     half, full = (aimed(w, replace(FIXED, alpha=alpha), m).w - w for alpha in (0.5, 1.0))
-    close(half, np.asarray(full, np.float64) / 2, 1e-5)
+    np.testing.assert_allclose(2 * half, full, rtol=0, atol=1e-5 * float(jnp.abs(w).max()))
     same = aimed(w, replace(FIXED, alpha=1.0), moments(FIXED, (xs[0], xs[0])))
     np.testing.assert_array_equal(same.w, w)
     np.testing.assert_array_equal(same.fall, np.zeros(OUT))
 
 
-@given(w=weights(OUT, IN), xs=streams, late=st.floats(0, 1))
+@given(w=weights(OUT, IN), xs=streams, late=st.sampled_from((0.0, 0.3, 1.0)))
 def test_alpha_is_the_best_for_held_out_samples(w, xs, late):
     """Samples 0 and 8 are held out; in them another part of the difference comes through."""
     x, exact = (jnp.concatenate([a, a[::-1]]) for a in xs)
@@ -115,10 +121,11 @@ def test_alpha_is_the_best_for_held_out_samples(w, xs, late):
     found = aimed(w, CHOSEN, moments(CHOSEN, (x, exact), jnp.ones(x.shape[:2], bool)))
     step = way(w, x[~held], exact[~held])
     losses = [off(w, np.asarray(w) + alpha * step, x[held], exact[held]).sum() for alpha in np.linspace(0, 1, 101)]
-    flat = max(losses) - min(losses) < 1e-3 * max(losses)
+    flat = max(losses) - min(losses) <= 1e-3 * max(losses)
     assert flat or abs(float(found.alpha) - np.argmin(losses) / 100) < 0.02
-    close(found.w - w, float(found.alpha) * way(w, x, exact))
-    close(found.held_fall.sum(), losses[0] - off(w, np.asarray(w) + float(found.alpha) * step, x[held], exact[held]).sum(), 1e-2)
+    stepped(found.w, w, float(found.alpha) * way(w, x, exact))
+    fall = losses[0] - off(w, np.asarray(w) + float(found.alpha) * step, x[held], exact[held]).sum()
+    np.testing.assert_allclose(found.held_fall.sum(), fall, rtol=1e-2, atol=1e-2 * losses[0] + 1e-6)
 
 
 @pytest.mark.parametrize("config", [FIXED, CHOSEN], ids=("fixed", "chosen"))
