@@ -1,6 +1,7 @@
 """The solver against textbook GPTQ in float64, and the laws that hold whatever the numbers."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -248,3 +249,26 @@ def test_weights_in_half_precision_are_solved_in_float32():
 def assert_same(a: QuantizedLinear, b: QuantizedLinear) -> None:
     for field in ("codes", "scale", "zero", "group_of"):
         np.testing.assert_array_equal(getattr(a, field), getattr(b, field), field)
+
+
+@pytest.mark.parametrize("config", [QuantConfig(3, 16, grid="loop", negative_scales=True), QuantConfig(4, None, grid="hid")], ids=name)
+def test_factors_tried_at_once_as_on_gpus_choose_what_those_one_by_one_do(config, monkeypatch):
+    """Also under vmap, as experts are solved."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(2, OUT, IN)), jnp.float32)
+    h = hessian_of(jnp.asarray(rng.normal(size=(200, IN)) + rng.normal(size=(200, 1)), jnp.float32))
+
+    def solved() -> tuple[QuantizedLinear, jax.Array]:
+        jax.clear_caches()  # of programs for the other kind of device
+        return jax.vmap(lambda one: solve(one, factor(h, config), config))(w)
+
+    def default(*args: jax.Array, cpu: Any, default: Any) -> Any:
+        asked.append(cpu)
+        return default(*args)
+
+    one_by_one, asked = solved(), []
+    monkeypatch.setattr(jax.lax, "platform_dependent", default)
+    at_once = solved()
+    assert asked
+    np.testing.assert_array_equal(at_once[0].scale, one_by_one[0].scale)
+    np.testing.assert_array_equal(at_once[0].codes, one_by_one[0].codes)
