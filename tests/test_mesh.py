@@ -41,7 +41,6 @@ def test_eight_devices_find_what_one_finds() -> None:
         assert 0 <= samples - len(batch["samples"]) < 8
 
 
-@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     source = save_tiny_llama(tmp_path / "source")
     flags = os.environ["XLA_FLAGS"]

@@ -95,7 +95,6 @@ def test_two_runs_write_the_same_bytes(source, whole, tmp_path):
     assert differing(whole, tmp_path / "out") == []
 
 
-@pytest.mark.slow
 def test_runs_that_were_killed_continue_to_the_same_bytes(source, whole, tmp_path, programs):
     chance, cut = random.Random(0), tmp_path / "cut"
     arguments = (source, cut, TOKENS, CONFIG, programs)
@@ -279,7 +278,6 @@ def test_the_command_continues(source, tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.slow
 def test_activations_that_wait_on_disk_change_nothing(source, whole, tmp_path):
     store, seen = on_disk(tmp_path / "waiting"), []
 
