@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Bits = Literal[2, 3, 4, 8]
 Order = Literal["natural", "act", "group"]
@@ -53,7 +53,7 @@ class QuantConfig:
     ("mse"), the same weighted by what each column's error costs once the columns behind make up for it ("hid"), or the
     error that GPTQ itself makes in the group ("loop"; the slowest)."""
     negative_scales: bool = False
-    """Let the search give symmetric grids negative scales, which put the level that has no opposite on the positive side."""
+    """Symmetric grids that are searched for may get negative scales, which put the level that has no opposite on the positive side."""
     refine: tuple[Refinement, ...] = ()
     """What follows the pass over the columns, in this order and as often as named: "descent" gives each column in turn its best
     codes for all others, "refit" gives each row its best scales for its codes. Neither ever raises the error under the Hessian."""
@@ -62,7 +62,8 @@ class QuantConfig:
     alpha: float | None = 0.0
     """How much of what rounding before a linear changed in its inputs the linear itself makes good, from 0 to 1. Unless 0, the float
     model runs beside, which takes as much time and memory again for activations. None means the best for every eighth sample,
-    which is then held out, with its own factor of the others: for each group of linears that are solved together."""
+    which is then held out, with its own factor of the others: for each group of linears that are solved together; and 0 where the
+    float model cannot run beside."""
     experts: Seen = "routed"
     """The calibration tokens that an expert sees: those routed to it, or all of them."""
     min_rows: int = 32
@@ -87,11 +88,6 @@ class QuantConfig:
                 "grid='loop' rounds a group to learn what a scale costs, but static_groups takes all scales before the first column is "
                 "rounded, got both; use grid='hid', or leave static_groups out."
             )
-        if self.negative_scales and (not self.sym or self.grid == "minmax"):
-            found = "sym=False" if not self.sym else "grid='minmax'"
-            raise ValueError(
-                f"negative_scales are found by a search for symmetric scales, got {found}; use sym=True and grid='mse' or 'hid'."
-            )
         if self.min_rows < 0:
             raise ValueError(f"min_rows is a number of calibration tokens, got {self.min_rows}.")
         if self.damp is not None and not 0 <= self.damp < 1:
@@ -114,7 +110,34 @@ class QuantConfig:
         """Whether some linear needs the float model to run beside the quantized one."""
         return any(config is not None and config.alpha != 0 for config in (self, *(rule.config for rule in self.rules)))
 
+    def alone(self, because: str) -> "QuantConfig":
+        """The same where the float model cannot run beside: an alpha that was to be chosen is 0. Raises ValueError for others."""
+        given = [c.alpha for c in (self, *(rule.config for rule in self.rules)) if c is not None and c.alpha]
+        if given:
+            raise ValueError(
+                f"alpha is {given[0]}, for which the float model has to run beside the quantized one, but {because}; set alpha=0."
+            )
+        rules = tuple(rule if rule.config is None else replace(rule, config=replace(rule.config, alpha=0.0)) for rule in self.rules)
+        return replace(self, alpha=0.0, rules=rules)
+
     @property
     def max_code(self) -> int:
         """The largest code."""
         return 2**self.bits - 1
+
+
+Preset = Literal["fast", "default", "best"]
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "fast": {},
+    "default": {"grid": "hid", "negative_scales": True, "alpha": None},
+    "best": {"grid": "hid", "negative_scales": True, "alpha": None, "refine": ("descent", "refit", "descent", "refit")},
+}
+"""What each preset changes of `QuantConfig()`, which is plain GPTQ: what pays most for its time, and all that pays."""
+
+
+def preset(name: Preset, **changes: Any) -> QuantConfig:
+    """The configuration of this name, with `changes` to its fields. Raises ValueError for another name."""
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}.")
+    return QuantConfig(**{**PRESETS[name], **changes})

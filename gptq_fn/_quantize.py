@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from gptq_fn._batches import Batch, Samples, embed_batches
-from gptq_fn._config import QuantConfig
+from gptq_fn._config import QuantConfig, preset
 from gptq_fn._experts import quantize_experts
 from gptq_fn._linears import quantize_linears
 from gptq_fn._mesh import PARTS, WHOLE, added, adding, gathered, local, placed, split, zeros
@@ -43,14 +43,14 @@ class Quantized(NamedTuple):
 def quantize(
     params: Params, spec: ModelSpec, calib: Samples, config: QuantConfig | None = None, *, runtime: Runtime | None = None
 ) -> Quantized:
-    """GPTQ on a whole model in memory.
+    """GPTQ on a whole model in memory, by default as the preset "default" has it.
 
     `params` is {"top": {role: {"weight", "bias"}}, "blocks": [{role: {"weight", "bias"}}]} with weights [out, in], those
     of experts [experts, out, in]; `calib` holds token ids [samples, time], or samples of any lengths. Computation runs
     in the dtype of the embedding, with the means that `runtime` names. Raises ValueError where weights or activations are
     not finite, and for rules that cannot be followed.
     """
-    config, runtime = config or QuantConfig(), runtime or Runtime()
+    config, runtime = config or preset("default"), runtime or Runtime()
     head_plan(spec, config)
     batches, blocks, reports = embed_batches(spec, params["top"], calib, runtime, beside=config.asymmetric), [], []
     for p, found, after in quantize_blocks(spec, params["blocks"], batches, config, runtime=runtime):
@@ -75,8 +75,8 @@ def quantize_blocks(
     `blocks` are those from number `first` on, and `batches` what enters that one, in both streams where `config` is asymmetric.
     Raises ValueError as `quantize` does, naming the linear and the sample.
     """
-    if config.asymmetric and any(batch.exact is None for batch in batches):
-        raise ValueError("alpha is not 0, but the batches have no float stream; make them by embed_batches(..., beside=True).")
+    if any(batch.exact is None for batch in batches):
+        config = config.alone("the batches hold one stream, as embed_batches makes them without beside=True")
     for i, (block_spec, p) in enumerate(zip(spec.blocks[first:], blocks, strict=True), first):
         names = {linear.role: spec.name_of(i, linear) for linear in block_spec.linears}
         quantized, reports, batches = quantize_block(

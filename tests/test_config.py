@@ -1,10 +1,12 @@
 """What can be asked for, and what is refused when it is asked."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptq_fn import QuantConfig, Rule
+from gptq_fn import QuantConfig, Rule, preset
 from gptq_fn.testing import configs
 
 
@@ -27,14 +29,6 @@ def test_a_config_is_a_key(config):
             "grid='loop' rounds a group to learn what a scale costs, but static_groups takes all scales before the first column "
             "is rounded, got both; use grid='hid', or leave static_groups out.",
         ),
-        (
-            {"negative_scales": True, "sym": False},
-            "negative_scales are found by a search for symmetric scales, got sym=False; use sym=True and grid='mse' or 'hid'.",
-        ),
-        (
-            {"negative_scales": True, "grid": "minmax"},
-            "negative_scales are found by a search for symmetric scales, got grid='minmax'; use sym=True and grid='mse' or 'hid'.",
-        ),
         ({"damp": -0.1}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got -0.1."),
         ({"damp": 1.0}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got 1.0."),
         ({"damp": float("nan")}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got nan."),
@@ -44,6 +38,21 @@ def test_an_impossible_config_is_refused_in_a_sentence(wrong, sentence):
     with pytest.raises(ValueError, match="got") as error:
         QuantConfig(**wrong)
     assert str(error.value) == sentence
+
+
+def test_presets_are_configs_with_changes():
+    assert preset("fast") == QuantConfig()
+    assert preset("best", bits=3, alpha=0.0) == replace(preset("best"), bits=3, alpha=0.0)
+    assert preset("default", sym=False).grid == preset("default").grid != QuantConfig().grid
+    with pytest.raises(ValueError, match="preset must be one of fast, default, best, got 'good'"):
+        preset("good")
+
+
+def test_where_the_float_model_cannot_run_beside_no_alpha_is_chosen():
+    config = QuantConfig(alpha=None, rules=(Rule("a", QuantConfig(alpha=None)), Rule("b")))
+    assert config.alone("it is away") == QuantConfig(rules=(Rule("a", QuantConfig()), Rule("b")))
+    with pytest.raises(ValueError, match=r"alpha is 0\.5, .* but it is away; set alpha=0"):
+        QuantConfig(rules=(Rule("a", QuantConfig(alpha=0.5)),)).alone("it is away")
 
 
 def test_a_rule_is_refused_when_it_is_built():

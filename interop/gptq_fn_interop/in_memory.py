@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gptq_fn import LinearReport, ModelSpec, QuantConfig, Report, Samples, check, head_plan, spec_from_config
+from gptq_fn import LinearReport, ModelSpec, QuantConfig, Report, Samples, check, head_plan, preset, spec_from_config
 from gptq_fn_interop.gptq_format import TENSORS
 from gptq_fn_interop.params import dense_shapes
 from gptq_fn_interop.stored import reverted
@@ -29,7 +29,7 @@ def quantize_model(model: nn.Module, samples: Samples, config: QuantConfig | Non
     and `quantize_traced` do, and then the model is as it was. What accelerate has spread over devices is quantized on
     the CPU and spread again.
     """
-    config = config or QuantConfig()
+    config = config or preset("default")
     with together(model):
         spec = described(model)
         if spec is None:

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gptq_fn import Hessian, LinearReport, QuantConfig, QuantizedLinear, Report, add_rows, dequantize, empty, quantize_linears
+from gptq_fn import Hessian, LinearReport, QuantConfig, QuantizedLinear, Report, add_rows, dequantize, empty, preset, quantize_linears
 from gptq_fn_interop.capture import evaluating, hollow, input_of, is_linear, run_block, weight_of
 from gptq_fn_interop.gptq_format import unpackable
 from gptq_fn_interop.qlinear import QuantLinear
@@ -70,12 +70,7 @@ def quantize_traced(
     routers, unless a rule matches them.
     Raises ValueError or FileExistsError in a sentence where the model, the tokens, the trace or the destination are at fault.
     """
-    config = config or QuantConfig()
-    if config.asymmetric:
-        raise ValueError(
-            f"{type(model).__name__} is to run through its own forward, where the float model cannot run beside it as alpha needs. "
-            "Set alpha=0, or describe the model by hand: see docs/own_architecture.md."
-        )
+    config = (config or preset("default")).alone(f"{type(model).__name__} is to run through its own forward")
     if destination is not None:
         require_vacant(Path(destination))
     tokens = as_tokens(model, calib)
