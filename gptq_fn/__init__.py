@@ -1,7 +1,8 @@
 """GPTQ quantization of large language models as mathematics: arrays and frozen descriptions in, arrays out."""
 
+from gptq_fn._allocate import allocate
 from gptq_fn._batches import Batch, Samples, embed_batches
-from gptq_fn._config import QuantConfig, Rule
+from gptq_fn._config import PRESETS, Preset, QuantConfig, Refinement, Rule, Search, preset
 from gptq_fn._factor import Factor, factor
 from gptq_fn._grid import Grid, decode, encode, find_grid
 from gptq_fn._hessian import Hessian, add_rows, empty, merge
@@ -10,7 +11,7 @@ from gptq_fn._mesh import data_mesh
 from gptq_fn._quantize import Quantized, head_plan, quantize, quantize_block, quantize_blocks, quantize_head, run_block
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._refine import descend, refit
-from gptq_fn._report import LinearReport, Report
+from gptq_fn._report import LinearReport, Report, stored_bits
 from gptq_fn._runtime import ON_DEVICE, ON_HOST, Runtime, Store
 from gptq_fn._solve import round_to_nearest, solve
 from gptq_fn.check import check
@@ -44,6 +45,7 @@ __all__ = [
     "FAMILIES",
     "ON_DEVICE",
     "ON_HOST",
+    "PRESETS",
     "AlibiSpec",
     "AttentionSpec",
     "Batch",
@@ -63,20 +65,24 @@ __all__ = [
     "ModelSpec",
     "MoeSpec",
     "NormSpec",
+    "Preset",
     "ProportionalScaling",
     "QkNormSpec",
     "QuantConfig",
     "Quantized",
     "QuantizedLinear",
+    "Refinement",
     "Report",
     "RopeScaling",
     "RopeSpec",
     "Rule",
     "Runtime",
     "Samples",
+    "Search",
     "Store",
     "YarnScaling",
     "add_rows",
+    "allocate",
     "block",
     "check",
     "data_mesh",
@@ -92,6 +98,7 @@ __all__ = [
     "generate",
     "head_plan",
     "merge",
+    "preset",
     "quantize",
     "quantize_block",
     "quantize_blocks",
@@ -102,4 +109,5 @@ __all__ = [
     "run_block",
     "solve",
     "spec_from_config",
+    "stored_bits",
 ]

@@ -68,7 +68,7 @@ class Report:
     def bits_per_weight(self) -> float:
         """Bits of codes, 16-bit scales and zero points, per quantized weight."""
         weights = sum(x.shape[0] * x.shape[1] for x in self.linears)
-        return sum(_bits(x) for x in self.linears) / max(weights, 1)
+        return sum(stored_bits(x.shape, x.bits, x.group_size) for x in self.linears) / max(weights, 1)
 
     @property
     def rounded(self) -> tuple[LinearReport, ...]:
@@ -91,7 +91,8 @@ class Report:
         return asdict(self)
 
 
-def _bits(x: LinearReport) -> int:
-    out, inputs = x.shape
-    groups = 1 if x.group_size is None else -(-inputs // x.group_size)
-    return out * (inputs * x.bits + groups * (16 + x.bits))
+def stored_bits(shape: tuple[int, int], bits: int, group_size: int | None) -> int:
+    """Bits of the codes, 16-bit scales and zero points of a linear of this shape (out, in)."""
+    out, inputs = shape
+    groups = 1 if group_size is None else -(-inputs // group_size)
+    return out * (inputs * bits + groups * (16 + bits))

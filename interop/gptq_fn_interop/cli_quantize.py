@@ -45,6 +45,10 @@ def quantize(
     mesh: int | Literal["all"] | None = None,
     resume: bool = False,
     keep_hessians: Path | None = None,
+    budget: float | None = None,
+    budget_kl: float | None = None,
+    measured: Path | None = None,
+    plot: Path | None = None,
 ) -> None:
     """Quantize a checkpoint and write it in the GPTQ format.
 
@@ -66,13 +70,22 @@ def quantize(
             JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do, of all; each runs this command, with one file system.
         resume: Continue a run of the same command that was cut off, from its last complete block; begin where there is none.
         keep_hessians: A directory in which to keep the Hessians of all linears, for gptq-fn sweep.
+        budget: Bits a weight, scales and zero points included, with which the model shall do best: bits and groups of each linear
+            are chosen for it, from a calibration pass of its own. A rule's linears are left to the rule.
+        budget_kl: The same for the fewest bits with which the KL to the float model is predicted to be this, in nats a token.
+        measured: The file for what a budget measures, by default DESTINATION.budget.json; what is there already is not measured again.
+        plot: Draw predicted KL against bits a weight into this file.
     """
     from gptq_fn_interop.calib import tokens
+    from gptq_fn_interop.cli_budget import PROBES, Budget, chosen_config, require, settings_for
     from gptq_fn_interop.hub import local
     from gptq_fn_interop.processes import first, join
     from gptq_fn_interop.staging import require_vacant
 
     began = time.perf_counter()
+    limited = None if budget is None and budget_kl is None else Budget(budget, budget_kl)
+    if (measured or plot) and not limited:
+        raise ValueError("--measured and --plot are of budgets; give --budget or --budget-kl, or leave them out.")
     devices = None if mesh is None else join(mesh)
     out.quiet = devices is not None and not first()
 
@@ -83,15 +96,23 @@ def quantize(
     config = config_of(128 if options.group_size == "auto" else options.group_size)
     require_vacant(destination, resume=resume)
     directory = local(source)
-    if engine:
+    if engine and not limited:
         config = _fitting(engine, directory, config_of, options.group_size)
-    run = _described(directory, config, runtime=_runtime(activations, destination, devices), resume=resume, hessians=keep_hessians)
+    runtime = _runtime(activations, destination, devices)
+    run = _described(directory, config, runtime=runtime, resume=resume, hessians=keep_hessians)
     if run is None:
-        if resume or activations != "device" or keep_hessians or mesh:
-            means = "--resume, --activations, --mesh and --keep-hessians"
+        if resume or activations != "device" or keep_hessians or mesh or limited:
+            means = "--resume, --activations, --mesh, --keep-hessians and budgets"
             raise ValueError(f"{means} are for models that a row of the table describes; this one has none.")
         run = _traced(directory)
+    settings = settings_for(directory, config, options.group_size, engine, limited) if limited else ()
     calib = tokens(data, directory, samples=samples, length=length, seed=seed)
+    if limited:
+        probes = tokens(data, directory, samples=PROBES, length=length, seed=seed + 1)
+        file = measured or destination.with_name(f"{destination.name}.budget.json")
+        config = chosen_config(directory, calib, probes, config, settings, limited, file, plot, runtime)
+        if engine:
+            require(directory, config, engine)
     with progress("Quantizing blocks", shown=not out.quiet) as advance:
         report = run(calib, config, destination, progress=lambda done, total, _: advance(done, total))
     out.print(report.table(report.worst(5)), highlight=False)

@@ -90,7 +90,7 @@ def solve_kept(
         for i, groups in sorted(places.items()):
             leaf_of = _reader(spec, i, tensors)
             for names in groups:
-                yield from _quantized(leaf_of, kept[names], wanted[names], runtime)
+                yield from solve_from(leaf_of, kept[names], wanted[names], runtime)
                 done += 1
                 if progress:
                     progress(done, len(wanted))
@@ -101,7 +101,12 @@ def _reader(spec: ModelSpec, i: int, tensors: Tensors) -> Callable[[str], Mappin
     if i == len(spec.blocks):
         top = read_top(spec, tensors)
         return lambda _: top["embed" if spec.tied else "head"]
-    block, p = spec.blocks[i], read_block(spec, i, tensors)
+    return leaves_of(spec, i, read_block(spec, i, tensors))
+
+
+def leaves_of(spec: ModelSpec, i: int, p: Mapping[str, Any]) -> Callable[[str], Mapping[str, Any]]:
+    """The parameters of a linear of block `i`, whose parameters are `p`, by its name."""
+    block = spec.blocks[i]
     at = {name: (linear.role, n) for linear in block.linears for n, name in enumerate(spec.names_of(i, linear))}
 
     def leaf_of(name: str) -> Mapping[str, Any]:
@@ -111,7 +116,7 @@ def _reader(spec: ModelSpec, i: int, tensors: Tensors) -> Callable[[str], Mappin
     return leaf_of
 
 
-def _quantized(
+def solve_from(
     leaf_of: Callable[[str], Mapping[str, Any]], h: Hessian, jobs: Jobs, runtime: Runtime | None
 ) -> Iterator[tuple[str, QuantConfig, QuantizedLinear, LinearReport]]:
     """The linears of these jobs; `h` is factored once for all configurations that can share the factor."""

@@ -1,0 +1,143 @@
+"""What gptq-fn quantize does with a budget: measure, choose, and tell."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from rich.table import Table
+
+from gptq_fn import QuantConfig, Runtime, Samples
+from gptq_fn_interop import budget as budgets
+from gptq_fn_interop.checkpoint import Checkpoint
+from gptq_fn_interop.console import out, progress
+from gptq_fn_interop.stream import open_source
+
+PROBES = 4
+"""Samples on which KL is measured. They are of another draw than those of the calibration."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model may cost: bits a weight, or else KL to the float model. Raises ValueError unless it is one of them."""
+
+    bits: float | None
+    kl: float | None
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.kl is None):
+            raise ValueError("A budget is either of bits or of KL; give one of --budget and --budget-kl.")
+        if (limit := self.bits if self.kl is None else self.kl) is None or not limit > 0:
+            raise ValueError(f"A budget is positive, got {limit}.")
+
+
+def settings_for(
+    directory: Path, config: QuantConfig, group_size: int | str | None, engine: str | None, budget: Budget
+) -> Sequence[QuantConfig]:
+    """The settings that can be stored, that the engine would load, and that a budget may choose from.
+
+    Raises ValueError where there are none, or all are too large.
+    """
+    sizes = budgets.GROUP_SIZES if isinstance(group_size, str) else (group_size,)
+    refused, found = [], []
+    for setting in budgets.settings(config, group_sizes=sizes):
+        try:
+            require(directory, replace(setting, rules=config.rules), engine)
+            found.append(setting)
+        except ValueError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    least = budgets.smallest(directory, config, found)
+    if budget.bits is not None and budget.bits < least:
+        raise budgets.too_small(budget.bits, least)
+    return found
+
+
+def require(directory: Path, config: QuantConfig, engine: str | None) -> None:
+    """Raise ValueError where the configuration cannot be stored or the engine would not load it."""
+    from gptq_fn_interop.engines import config_for
+
+    checkpoint, spec = open_source(directory, config)
+    if engine:
+        config_for(engine, checkpoint, spec, lambda _: config, (config.group_size,))
+
+
+def chosen_config(
+    directory: Path,
+    calib: Samples,
+    probes: Samples,
+    config: QuantConfig,
+    settings: Sequence[QuantConfig],
+    budget: Budget,
+    file: Path,
+    picture: Path | None,
+    runtime: Runtime,
+) -> QuantConfig:
+    """`config` with rules that give each group of linears the setting that serves the budget best; tells which.
+
+    What is measured is kept in `file`, and read from there if it was measured before.
+    """
+    if file.exists():
+        out.print(f"What settings cost was measured before: {file}.", highlight=False)
+    with progress("Measuring blocks", shown=not out.quiet and not file.exists()) as advance:
+        found = budgets.kept(
+            file,
+            budgets.run_of(directory, calib, probes, config, settings),
+            lambda: budgets.measure(directory, calib, probes, config, settings, progress=advance, runtime=runtime),
+        )
+    chosen = found.within(budget.bits) if budget.bits is not None else found.reaching(budget.kl or 0.0)
+    bits, kl = found.summary(chosen)
+    out.print(table(found, chosen))
+    out.print(f"{bits:.3f} bits a weight; the KL to the float model is predicted to be about {kl:.2g} nats a token.", highlight=False)
+    if picture is not None:
+        draw(found, chosen, Checkpoint(directory).directory.name, picture)
+        out.print(f"Bits against predicted KL: {picture}", highlight=False)
+    return found.config_of(chosen)
+
+
+def table(found: budgets.Measured, chosen: Int[np.ndarray, " groups"]) -> Table:
+    """A row for each setting: what all linears cost at it, and how many got it."""
+    linears, weights = Counter[int](), Counter[int]()
+    for group, n in zip(found.groups, chosen.tolist(), strict=True):
+        linears[n] += len(group.linears)
+        weights[n] += group.weights
+    shown = Table("bits", "groups", "bits a weight", "KL if everywhere", "linears", "share of weights")
+    for n, setting in enumerate(found.settings):
+        size = "row" if setting.group_size is None else str(setting.group_size)
+        everywhere = found.summary(np.full(len(found.groups), n))[0]
+        cells = f"{everywhere:.3f}", f"{found.uniform[n]:.3g}", str(linears[n]), f"{weights[n] / found.weights:.1%}"
+        shown.add_row(str(setting.bits), size, *cells)
+    return shown
+
+
+def draw(found: budgets.Measured, chosen: Int[np.ndarray, " groups"], title: str, path: Path) -> None:
+    """Draw bits a weight against predicted KL: the best choices, each setting for all, and what was chosen.
+
+    Raises ValueError where there is no matplotlib.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib.") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    axes.plot(*zip(*found.frontier(), strict=True), color="tab:blue", label="best choices, predicted")
+    for n, setting in enumerate(found.settings):
+        at: Any = found.summary(np.full(len(found.groups), n))[0], found.uniform[n]
+        axes.plot(*at, "o", color="tab:gray", label=None if n else "one setting for all, measured")
+        axes.annotate(f"{setting.bits}b g{setting.group_size or 'row'}", at, (4, 4), textcoords="offset points", fontsize=8)
+    axes.plot(*found.summary(chosen), "*", color="tab:red", markersize=12, label="chosen")
+    axes.set(
+        yscale="log", xlabel="bits a weight, scales and zero points included", ylabel="KL to the float model, nats a token", title=title
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
