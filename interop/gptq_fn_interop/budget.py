@@ -58,7 +58,7 @@ from gptq_fn_interop.sweep import leaves_of, plan_of, solve_from
 EXPERT_TAPS = ("expert_in", "expert_down_in")
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 128)
-"""Between them, so many bits a weight that groups of 64 add little, and each setting takes its time."""
+"""Few, since every setting is solved and compiled for each shape; groups of 64 lie between these."""
 
 
 def settings(
