@@ -16,7 +16,7 @@ from gptq_fn._config import QuantConfig
 from gptq_fn._factor import Factor, factor_by
 from gptq_fn._hessian import Hessian
 from gptq_fn._mesh import WHOLE, part, placed, split, together
-from gptq_fn._product import product
+from gptq_fn._product import energy, product
 from gptq_fn._programs import program
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._refine import refine
@@ -142,7 +142,7 @@ def solve_together(
         rounded = round_to_nearest(w, config)
         found = refine(solve(aim.w, f, config, round_block)[0], aim.w, h, f.damp, config, round_block)
         q = jax.tree.map(lambda a, b: jnp.where(h.rows < config.min_rows, a, b), rounded, found)
-        energies = [_energy(e, h.xx) for e in (aim.w - dequantize(q), w - dequantize(rounded), w)]
+        energies = [energy(e, h.xx) for e in (aim.w - dequantize(q), w - dequantize(rounded), w)]
         energies = jnp.stack([*energies, aim.fall, aim.held_fall, aim.held_whole])
         codes, scale, zero, energies = together((q.codes, q.scale, q.zero, energies.T), mesh)
         return QuantizedLinear(codes, scale, zero, q.group_of, q.bits), energies, aim.alpha
@@ -156,11 +156,6 @@ def solve_together(
         sound = Sound(jnp.isfinite(weight).all(), jnp.isfinite(f.damp), jnp.isfinite(mine.scale).all())
         found.append(Solved(mine, Losses(*energies[rows].sum(0), alpha=alpha), sound))
     return found
-
-
-def _energy(e: Float[Array, "out in"], xx: Float[Array, "in in"]) -> Float[Array, " out"]:
-    """e xx e^T of each row, as exactly as a device multiplies fastest: about 1e-4 with TF32, which is all that reports tell."""
-    return (jnp.matmul(e, xx, precision=jax.lax.Precision.DEFAULT) * e).sum(-1)
 
 
 _solve = program(solve_together, static_argnames=("config", "round_block", "mesh"))

@@ -18,7 +18,7 @@ from gptq_fn._config import QuantConfig
 from gptq_fn._factor import Factor
 from gptq_fn._hessian import Hessian, add_rows, cross, empty
 from gptq_fn._mesh import PARTS, placed, together
-from gptq_fn._product import product
+from gptq_fn._product import energy, product
 
 HELD_OUT = 8
 """Of so many samples one, from the first on, is held out where alpha is chosen."""
@@ -100,40 +100,26 @@ def aim_at(
         return Aim(w, jnp.zeros((), jnp.float32), none, none, none)
     m = total(moments)
     enough = (m.h.rows >= config.min_rows).astype(jnp.float32)
+    pulls = [product(w, each.drift) for each in moments if each.drift is not None]
     if config.alpha is None:
         assert fitted is not None
-        fit, held = moments
-        way = _way(w, fit, fitted)
-        alpha = enough * _best(*(a.sum() for a in together(_line(w, way, held), mesh)))
-        held_fall, held_whole = _fall(w, alpha * way, held), _energy(w, held.h)
+        held, way = moments[1].h, _way(pulls[0], fitted)
+        b, c = (pulls[1] * way).sum(-1), energy(way, held.xx)
+        alpha = enough * _best(*(a.sum() for a in together((b, c), mesh)))
+        held_fall, held_whole = 2 * alpha * b - alpha**2 * c, energy(w, held.xx)
     else:
         alpha, held_fall, held_whole = enough * config.alpha, none, none
-    step = alpha * _way(w, m, f)
-    return Aim(w + step, alpha, _fall(w, step, m), held_fall, held_whole)
+    pull = sum(pulls[1:], pulls[0])
+    step = alpha * _way(pull, f)
+    return Aim(w + step, alpha, 2 * (pull * step).sum(-1) - energy(step, m.h.xx), held_fall, held_whole)
 
 
-def _way(w: Float[Array, "rows in"], m: Moments, f: Factor) -> Float[Array, "rows in"]:
-    """W C H_d^-1, by the factor of H_d, which is in processing order."""
-    assert m.drift is not None
-    turned = product(product(product(w, m.drift)[:, f.order], f.upper.T), f.upper)
+def _way(pull: Float[Array, "rows in"], f: Factor) -> Float[Array, "rows in"]:
+    """W C H_d^-1 from W C, by the factor of H_d, which is in processing order."""
+    turned = product(product(pull[:, f.order], f.upper.T), f.upper)
     return jnp.zeros_like(turned).at[:, f.order].set(turned, unique_indices=True)
 
 
-def _line(w: Float[Array, "rows in"], way: Float[Array, "rows in"], m: Moments) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
-    """The b and c of ||W D - alpha way X||^2 = ||W D||^2 - 2 alpha b + alpha^2 c, for each row."""
-    assert m.drift is not None
-    return (product(w, m.drift) * way).sum(-1), _energy(way, m.h)
-
-
-def _fall(w: Float[Array, "rows in"], step: Float[Array, "rows in"], m: Moments) -> Float[Array, " rows"]:
-    b, c = _line(w, step, m)
-    return 2 * b - c
-
-
 def _best(b: Float[Array, ""], c: Float[Array, ""]) -> Float[Array, ""]:
-    """The alpha in [0, 1] at which -2 alpha b + alpha^2 c is least; 0 where it does not matter."""
+    """The alpha in [0, 1] at which ||W D - alpha way X||^2 = ||W D||^2 - 2 alpha b + alpha^2 c is least; 0 where it does not matter."""
     return jnp.where(c > 0, jnp.clip(b / jnp.where(c > 0, c, 1.0), 0.0, 1.0), 0.0)
-
-
-def _energy(w: Float[Array, "rows in"], h: Hessian) -> Float[Array, " rows"]:
-    return (product(w, h.xx) * w).sum(-1)

@@ -90,11 +90,7 @@ def test_ties_go_to_the_even_level_in_the_interpreter(monkeypatch: pytest.Monkey
 
 
 @interpreter
-@pytest.mark.parametrize(
-    "config",
-    [QuantConfig(4, 16, sym=False), QuantConfig(3, 16, static_groups=True), QuantConfig(3, 16, grid="loop")],
-    ids=["fitted", "static", "loop"],
-)
+@pytest.mark.parametrize("config", [QuantConfig(4, 16, sym=False), QuantConfig(3, 16, static_groups=True)], ids=["fitted", "static"])
 def test_solving_many_at_once_in_the_interpreter(config: QuantConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under vmap and jit, inside the solver's scans, the kernel gives what each problem alone gives."""
     monkeypatch.setattr(columns, "launch", _launched)

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from tyro.conf import Positional, Suppress, arg
 
-from gptq_fn import FAMILIES, ON_DEVICE, ON_HOST, QuantConfig, Report, Rule, Runtime
+from gptq_fn import FAMILIES, ON_DEVICE, ON_HOST, Preset, QuantConfig, Refinement, Report, Rule, Runtime, Search, preset
 from gptq_fn_interop.console import out, progress
 
 Engine = Literal["transformers", "transformers+gptqmodel", "gptqmodel", "vllm", "sglang", "exllamav2", "llama.cpp"]
@@ -26,15 +26,32 @@ class _Options(QuantConfig):
     """Consecutive inputs that share a scale; None means that a whole row does. "auto" is 128 or, with --for, the first of 128,
     64 and 32 that the engine loads."""
     rules: Suppress[tuple[Rule, ...]] = ()
+    grid: Search | Literal["preset"] = "preset"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """How a group's scale is chosen: cover the range ("minmax"), or search for what makes an error least: that of rounding
+    ("mse"), the same weighted by what each column's error costs ("hid"), or the error that GPTQ itself makes in the group
+    ("loop"; the slowest)."""
+    negative_scales: bool | Literal["preset"] = "preset"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Whether symmetric grids that are searched for may get negative scales."""
+    refine: tuple[Refinement, ...] | Literal["preset"] = "preset"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What follows the pass over the columns, in this order and as often as named: better codes ("descent"), better scales ("refit")."""
+    alpha: float | Literal["preset"] | None = "preset"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """How much of what rounding before a linear changed in its inputs the linear makes good, from 0 to 1. Unless 0, the float model
+    runs beside. None means the best for calibration samples that are held out."""
 
     def __post_init__(self) -> None:
         """Nothing is refused yet."""
+
+    def config(self, base: Preset, group_size: int | None) -> QuantConfig:
+        """What these options change of a preset, with this group size."""
+        given = {f.name: getattr(self, f.name) for f in fields(QuantConfig)} | {"group_size": group_size}
+        return preset(base, **{name: value for name, value in given.items() if value != "preset"})
 
 
 def quantize(
     source: Positional[str],
     destination: Positional[Path],
     options: Annotated[_Options, arg(name="")] = _Options(),
+    base: Annotated[Preset, arg(name="preset")] = "default",
     engine: Annotated[Engine | None, arg(name="for")] = None,
     rule: Annotated[tuple[str, ...], arg(metavar="'REGEX => skip | key=value,...'")] = (),
     data: str = "pydoc",
@@ -58,6 +75,7 @@ def quantize(
         source: A directory with safetensors, or the name of a model on the Hugging Face hub.
         destination: Where to write; it must not exist, and appears when it is complete.
         options: How to quantize.
+        base: Options to begin with: "fast" is plain GPTQ, "default" adds what pays most for its time, "best" all that pays.
         engine: Where the result shall load: the group size is chosen for it, and options that it would refuse are refused here, first.
         rule: Exceptions by name, as '.*down_proj => bits=8' or 'model[.]layers[.]0[.] => skip'; the first match wins.
         data: Calibration text: a text file, "pydoc" (CPython's documentation), c4, wikitext2, ultrachat or any hub dataset.
@@ -90,8 +108,8 @@ def quantize(
     out.quiet = devices is not None and not first()
 
     def config_of(group_size: int | None) -> QuantConfig:
-        base = QuantConfig(**{**{f.name: getattr(options, f.name) for f in fields(QuantConfig)}, "group_size": group_size})
-        return replace(base, rules=tuple(parse_rule(text, base) for text in rule))
+        config = options.config(base, group_size)
+        return replace(config, rules=tuple(parse_rule(text, config) for text in rule))
 
     config = config_of(128 if options.group_size == "auto" else options.group_size)
     require_vacant(destination, resume=resume)

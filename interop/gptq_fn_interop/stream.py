@@ -26,6 +26,7 @@ from gptq_fn import (
     check,
     embed_batches,
     head_plan,
+    preset,
     quantize_blocks,
     quantize_head,
     run_block,
@@ -97,7 +98,7 @@ def quantize_checkpoint(
     Processes that share a mesh each call this with the same arguments, and with one file system: each writes some of the blocks,
     and the first one all else.
     """
-    config, runtime = config or QuantConfig(), runtime or default_runtime()
+    config, runtime = config or preset("default"), runtime or default_runtime()
     checkpoint, spec = open_source(source, config, spec)
     check_tokens(calib, checkpoint.shapes[spec.embedding][0])
 

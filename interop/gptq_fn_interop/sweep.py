@@ -36,11 +36,7 @@ def sweep(
     of the run that was kept. `runtime` is by default what serves best here. Raises ValueError or OSError in a sentence, before any
     work where a Hessian is missing.
     """
-    if any(config.asymmetric for config in configs):
-        raise ValueError(
-            "A setting's alpha is not 0, but Hessians do not tell how the inputs of their run differ from those of the float model. "
-            "Sweep with alpha=0, and quantize with the alpha of your choice."
-        )
+    configs = [config.alone("Hessians do not tell how the inputs of their run differ from those of the float model") for config in configs]
     opened = [open_source(source, config, spec) for config in configs]
     if not opened:
         return ()
