@@ -85,6 +85,21 @@ def test_codes_are_those_of_quantize(dense: Path, tmp_path: Path, cls: type, nam
         assert "tokenizer" not in text
 
 
+def test_negative_scales_multiply_in_transformers(dense: Path, tmp_path: Path) -> None:
+    """Packed and through dequantize(), against a float model with (code - 8) * scale from the words of the file, one nibble at a time."""
+    load(dense, GPTQConfig(**{**USUAL, "grid": "mse"}, negative_scales=True)).save_pretrained(tmp_path)
+    tensors, plain = load_file(tmp_path / "model.safetensors"), AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    for name in (key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")):
+        words, scales = tensors[f"{name}.qweight"].numpy().view(np.uint32), tensors[f"{name}.scales"].float()
+        assert 0.2 < (scales < 0).float().mean() < 0.8
+        codes = np.stack([words >> 4 * i & 15 for i in range(8)], 1).reshape(-1, words.shape[1]).astype(np.int64)
+        weight = torch.from_numpy(codes - 8) * scales[tensors[f"{name}.g_idx"].long()]
+        plain.get_submodule(name).weight.data = weight.T.contiguous()
+    expected, packed = logits(plain), AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (logits(packed) - expected).norm() < 1e-5 * expected.norm()
+    assert (logits(packed.dequantize()) - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_a_model_in_no_table_is_traced(tmp_path: Path, dense: Path) -> None:
     torch.manual_seed(0)
     config = transformers.BloomConfig(vocab_size=320, hidden_size=64, n_layer=1, n_head=2)
@@ -163,6 +178,7 @@ ASKED: list[tuple[dict[str, Any], QuantConfig]] = [
     ({"damp_percent": None, "act_group_aware": False}, replace(BASE, damp=None, order="natural")),
     ({"desc_act": True, "act_group_aware": True, "static_groups": True}, replace(BASE, order="act", static_groups=True)),
     ({"grid": "minmax", "experts": "all", "min_rows": 1}, replace(BASE, grid="minmax", experts="all", min_rows=1)),
+    ({"grid": "hid", "negative_scales": True}, replace(BASE, grid="hid", negative_scales=True)),
     (
         {"dynamic": {"-:.*q_proj": {}, "+:.*[.]1[.]": {"bits": 8, "desc_act": True}, ".*v_proj": {"group_size": -1}}},
         replace(

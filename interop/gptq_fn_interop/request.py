@@ -23,6 +23,7 @@ SOLVER: Mapping[str, str] = MappingProxyType(
         "static_groups": "scales from the original weights, by stored position",
         "true_sequential": "linears see the rounding errors of those before them in their block",
         "grid": "QuantConfig.grid, which transformers has no word for",
+        "negative_scales": "QuantConfig.negative_scales, likewise",
         "alpha": "QuantConfig.alpha, likewise, as a number",
         "experts": "QuantConfig.experts, likewise",
         "min_rows": "QuantConfig.min_rows, likewise",
@@ -112,7 +113,7 @@ def read(config: Any) -> Request:
 
 
 def _solver(fields: Mapping[str, Any]) -> QuantConfig:
-    more = {key: fields[key] for key in ("grid", "alpha", "experts", "min_rows") if fields.get(key) is not None}
+    more = {key: fields[key] for key in ("grid", "negative_scales", "alpha", "experts", "min_rows") if fields.get(key) is not None}
     return QuantConfig(
         bits=fields["bits"],
         group_size=None if fields["group_size"] == -1 else fields["group_size"],
