@@ -19,7 +19,7 @@ from gptq_fn_interop.evaluation import evaluate
 from gptq_fn_interop.hub import local
 from gptq_fn_interop.stream import load_gptq, quantize_checkpoint
 
-from gptq_fn import QuantConfig
+from gptq_fn import preset
 
 console = Console()
 
@@ -36,7 +36,7 @@ def main() -> None:
 
     source = local(args.model) if args.model else smollm2.fetch(args.build / "smollm2")
     destination = fresh(args.build / f"{source.name}-gptq-{args.bits}bit")
-    config = QuantConfig(bits=args.bits, group_size=args.group_size)
+    config = preset("default", bits=args.bits, group_size=args.group_size)
     calib = tokens(args.data, source, samples=args.samples, length=512)
     held_out = tokens(args.data, source, samples=16, length=512, split="evaluation", seed=None)
 

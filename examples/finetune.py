@@ -30,7 +30,6 @@ from gptq_fn_interop.console import progress
 from gptq_fn_interop.stream import quantize_checkpoint
 
 import gptq_fn.interop  # noqa: F401 - lets transformers read GPTQ checkpoints
-from gptq_fn import QuantConfig
 
 console = Console()
 
@@ -81,7 +80,7 @@ def smollm2_in_4_bits(build: Path) -> Path:
     if not destination.exists():
         calib = tokens("pydoc", source, samples=32, length=512)
         with progress("Quantizing blocks") as advance:
-            quantize_checkpoint(source, destination, calib, QuantConfig(), progress=lambda done, of, _: advance(done, of))
+            quantize_checkpoint(source, destination, calib, progress=lambda done, of, _: advance(done, of))
     return destination
 
 

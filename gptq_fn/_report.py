@@ -75,6 +75,12 @@ class Report:
         """The linears that too few calibration tokens reached, which were rounded to nearest."""
         return tuple(x for x in self.linears if x.rounded)
 
+    @property
+    def restored(self) -> tuple[float, float] | None:
+        """`restored` and `restored_held_out` on average over the linears whose alpha was chosen, or None where there are none."""
+        chosen = [(x.restored, x.restored_held_out) for x in self.linears if x.restored_held_out is not None]
+        return (sum(a for a, _ in chosen) / len(chosen), sum(b for _, b in chosen) / len(chosen)) if chosen else None
+
     def table(self, linears: Iterable[LinearReport] | None = None) -> str:
         """A text table of these linears; of all of them by default."""
         head = ("linear", "bits", "error", "rounding", "damp", "dead", "rows", "seconds")

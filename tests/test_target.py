@@ -300,6 +300,7 @@ def test_a_run_that_continues_has_both_streams(source, tmp_path):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
     assert whole.linears[-1].name == "lm_head"
     assert 0 < whole.linears[-1].alpha <= 1
+    assert whole.restored == (whole.linears[-1].restored, whole.linears[-1].restored_held_out)
 
 
 def test_what_cannot_be_had_is_refused_in_a_sentence(source, tmp_path):
