@@ -121,6 +121,11 @@ class QuantConfig:
         return replace(self, alpha=0.0, rules=rules)
 
     @property
+    def either_sign(self) -> bool:
+        """Whether scales of either sign are tried."""
+        return self.negative_scales and self.sym and self.grid != "minmax"
+
+    @property
     def max_code(self) -> int:
         """The largest code."""
         return 2**self.bits - 1

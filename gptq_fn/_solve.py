@@ -133,7 +133,7 @@ def _fit(
             errors = _round_in_panels(copies, upper, Grid(*(a[None] for a in grid)), config.bits, round_block)[1]
             return (errors**2).sum(0)
 
-        found = cheapest_grid(w.T, cost, bits=config.bits, sym=config.sym, negative=config.negative_scales)
+        found = cheapest_grid(w.T, cost, bits=config.bits, sym=config.sym, negative=config.either_sign)
     else:
         found = _searched(config, w.T, _cost_of_errors(upper) if config.grid == "hid" else None)
     return Grid(*(a[None] for a in found))
@@ -142,7 +142,7 @@ def _fit(
 def _searched(config: QuantConfig, w: Float[Array, "out group"], weight: Float[Array, " group"] | None) -> Grid:
     """A grid for each row by the search of `config`, with rounding errors weighted where there is a `weight`."""
     method = "minmax" if config.grid == "minmax" else "mse"
-    return find_grid(w, bits=config.bits, sym=config.sym, method=method, weight=weight, negative=config.negative_scales)
+    return find_grid(w, bits=config.bits, sym=config.sym, method=method, weight=weight, negative=config.either_sign)
 
 
 def _cost_of_errors(upper: Float[Array, "columns columns"]) -> Float[Array, " columns"]:

@@ -89,7 +89,7 @@ def assert_equal_up_to_ties(found: QuantizedLinear, expected: QuantizedLinear, w
 
 
 def _possible(fields: dict[str, Any]) -> bool:
-    """Whether a configuration may have these fields together."""
+    """Whether a configuration may have these fields together, and each of them counts."""
     found = fields["sym"] and fields["grid"] != "minmax"
     return (found or not fields["negative_scales"]) and not (fields["grid"] == "loop" and fields["static_groups"])
 

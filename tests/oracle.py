@@ -87,7 +87,7 @@ def factors(config: QuantConfig) -> list[float]:
     """Those of a search, in the order of preference; minmax tries only the whole range."""
     if config.grid == "minmax":
         return [1.0]
-    return [*FACTORS, *(-f for f in FACTORS)] if config.negative_scales else FACTORS
+    return [*FACTORS, *(-f for f in FACTORS)] if config.either_sign else FACTORS
 
 
 def grid(w: np.ndarray, config: QuantConfig, factor: float, nudge: tuple[float, float] = (0.0, 0.0)) -> tuple[np.ndarray, np.ndarray]:

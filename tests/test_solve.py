@@ -1,6 +1,7 @@
 """The solver against textbook GPTQ in float64, and the laws that hold whatever the numbers."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ PLACES = list(itertools.product(WIDTHS, ("natural", "act", "group"), (False, Tru
 
 
 def allowed(scheme: tuple, place: tuple) -> bool:
-    """Whether a QuantConfig may have these options."""
+    """Whether a QuantConfig may have these options, and each of them counts."""
     (_, sym, search, negative), (_, _, static) = scheme, place
     return (sym and search != "minmax" if negative else True) and not (search == "loop" and static)
 
@@ -194,6 +195,16 @@ def test_wide_matrices_are_factorized_by_halves(n, monkeypatch):
     found, usual = (np.abs(u - exact).max() / np.abs(exact).max() for u in (ours, by_substitution))
     assert found <= 4 * max(usual, np.finfo(np.float32).eps)
     np.testing.assert_array_equal(np.triu(ours, 1), 0)
+
+
+def test_asymmetric_grids_keep_positive_scales():
+    rng = np.random.default_rng(0)
+    w, h = jnp.asarray(rng.normal(size=(OUT, IN)), jnp.float32), hessian_of(jnp.asarray(rng.normal(size=(2 * IN, IN)), jnp.float32))
+    config = QuantConfig(4, 16, sym=False, grid="hid", negative_scales=True)
+    f = factor(h, config)
+    q, usual = (solve(w, f, c)[0] for c in (config, replace(config, negative_scales=False)))
+    np.testing.assert_array_equal(q.codes, usual.codes)
+    assert (q.scale > 0).all()
 
 
 def test_what_is_not_positive_is_not_factorized(monkeypatch):

@@ -56,7 +56,7 @@ def described_by(config: QuantConfig, *, head: bool) -> dict[str, Any]:
             "quantizer": [f"gptq_fn:{version('gptq-fn')}"],
             "act_group_aware": config.order == "group",
             "grid": config.grid,
-            "negative_scales": config.negative_scales,
+            "negative_scales": config.either_sign,
         },
     }
     if config.rules:
