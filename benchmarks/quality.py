@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg  # noqa: F401 - loads the BLAS whose threads are limited while quantizing
 from gptq_fn_interop.calib import Split, encoder, tokens
+from gptq_fn_interop.cli_quantize import value_of
 from gptq_fn_interop.evaluation import Model
 from gptq_fn_interop.hub import local
 from gptq_fn_interop.runtime import default_runtime
@@ -87,20 +88,8 @@ def setting(text: str) -> tuple[str, QuantConfig]:
             names = ", ".join(key for key in hints if key != "rules")
             raise ValueError(f"The setting {text!r} has {pair.strip()!r}; it reads field=value,... with fields of {names}.")
         several = get_origin(hints[key]) is tuple
-        changes[key] = tuple(_value(item) for item in value.split("+") if item) if several else _value(value)
+        changes[key] = tuple(value_of(item) for item in value.split("+") if item) if several else value_of(value)
     return name.strip(), QuantConfig(**changes)
-
-
-def _value(text: str) -> Any:
-    constants = {"none": None, "true": True, "false": False}
-    if text.lower() in constants:
-        return constants[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 # texts

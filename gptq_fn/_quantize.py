@@ -75,14 +75,20 @@ def quantize_blocks(
     `blocks` are those from number `first` on, and `batches` what enters that one, in both streams where `config` is asymmetric.
     Raises ValueError as `quantize` does, naming the linear and the sample.
     """
-    if any(batch.exact is None for batch in batches):
-        config = config.alone("the batches hold one stream, as embed_batches makes them without beside=True")
+    config = _for_streams(config, batches)
     for i, (block_spec, p) in enumerate(zip(spec.blocks[first:], blocks, strict=True), first):
         names = {linear.role: spec.name_of(i, linear) for linear in block_spec.linears}
         quantized, reports, batches = quantize_block(
             block_spec, p, batches, _plan(spec, i, config), names, sequential=config.sequential, runtime=runtime
         )
         yield quantized, reports, batches
+
+
+def _for_streams(config: QuantConfig, batches: Sequence[Batch]) -> QuantConfig:
+    """The configuration for these batches, which may lack the float stream. Raises ValueError where a given alpha needs it."""
+    if all(batch.exact is not None for batch in batches):
+        return config
+    return config.alone("the batches hold one stream, as embed_batches makes them without beside=True")
 
 
 def _plan(spec: ModelSpec, i: int, config: QuantConfig) -> dict[str, QuantConfig]:
@@ -119,7 +125,7 @@ def quantize_head(
 
     `batches` are what leaves the last block. Raises ValueError as `head_plan` does.
     """
-    plan, name = head_plan(spec, config), dict(spec.tensors).get("head")
+    plan, name = head_plan(spec, _for_streams(config, batches)), dict(spec.tensors).get("head")
     if plan is None or name is None:
         return spec, top, ()
     runtime, shell = runtime or Runtime(), replace(spec, blocks=())
@@ -221,7 +227,7 @@ def run_block(
 def _streams(batches: Sequence[Batch]) -> list[list[Any]]:
     """What waits in the quantized stream and, where there is one, in the float stream."""
     streams = [[batch.x for batch in batches], [batch.exact for batch in batches]]
-    return [stream for stream in streams if None not in stream]
+    return [stream for stream in streams if all(waiting is not None for waiting in stream)]
 
 
 def _with(batches: Sequence[Batch], streams: Sequence[Sequence[Any]]) -> list[Batch]:

@@ -247,11 +247,12 @@ def parse_rule(text: str, base: QuantConfig) -> Rule:
         key = key.strip().replace("-", "_")
         if key not in hints or key == "rules":
             raise ValueError(f"The rule {text!r} sets {key!r}; a rule may set {', '.join(k for k in hints if k != 'rules')}.")
-        changes[key] = tuple(value.strip().split("+")) if key == "refine" else _value(value.strip())
+        changes[key] = tuple(value.strip().split("+")) if key == "refine" else value_of(value.strip())
     return Rule(pattern, replace(base, rules=(), **changes))
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """What a field of QuantConfig is set to by this text: None, a truth value, a number, or the text."""
     constants = {"none": None, "true": True, "false": False}
     if text.lower() in constants:
         return constants[text.lower()]
