@@ -41,6 +41,9 @@ from gptq_fn.spec import (
     YarnScaling,
 )
 
+__version__ = "0.1.0"
+"""The one place of the version: the package, its checkpoints and its documents take it from here."""
+
 __all__ = [
     "FAMILIES",
     "ON_DEVICE",

@@ -10,7 +10,7 @@ import tyro
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from gptq_fn import FAMILIES
+from gptq_fn import FAMILIES, __version__
 from gptq_fn_interop.cli_kernels import kernels
 from gptq_fn_interop.cli_quantize import Engine, quantize, say, torch_model
 from gptq_fn_interop.cli_sweep import sweep
@@ -104,11 +104,15 @@ COMMANDS: dict[str, Callable[..., None]] = {"quantize": quantize, "eval": evalua
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; errors are one sentence and exit status 1."""
+    if list(sys.argv[1:] if args is None else args) == ["--version"]:
+        return out.print(f"gptq-fn {__version__}", highlight=False)
     keep_programs()
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptq-fn", description="GPTQ quantization of language models.", args=args)
     except (ValueError, OSError) as error:
         _fail(f"gptq-fn: {error}", error, 1)
+    except ModuleNotFoundError as error:
+        _fail(f"gptq-fn: this needs {error.name}, which is not installed: pip install 'gptq-fn[all]'.", error, 1)
     except KeyboardInterrupt as error:
         _fail("gptq-fn: interrupted.", error, 130)
 

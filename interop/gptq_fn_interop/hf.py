@@ -5,7 +5,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+try:
+    from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"gptq_fn.interop needs {error.name}, which is not installed: pip install 'gptq-fn[hf]'. The command gptq-fn does without.",
+        name=error.name,
+    ) from None
 
 from gptq_fn import ModelSpec, Quantized, spec_from_config
 from gptq_fn_interop.in_memory import arrays_of
