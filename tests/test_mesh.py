@@ -79,6 +79,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     assert files[0] == files[1]
     for report in reports:
         assert [linear.pop("seconds") > 0 for linear in report["linears"]] == [True, True]
+    assert [report["run"].pop("seconds") > 0 for report in reports] == [True, True]
     assert reports[0] == reports[1]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 from gptq_fn import FAMILIES, __version__
 from gptq_fn_interop.cli_kernels import kernels
 from gptq_fn_interop.cli_quantize import Engine, quantize, say, torch_model
+from gptq_fn_interop.cli_report import report
 from gptq_fn_interop.cli_sweep import sweep
 from gptq_fn_interop.compile_cache import keep_programs
 from gptq_fn_interop.console import out, problems, progress
@@ -99,7 +100,14 @@ def inspect(model: Positional[str], engine: Annotated[Engine | None, arg(name="f
     out.print(table)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"quantize": quantize, "eval": evaluate, "inspect": inspect, "kernels": kernels, "sweep": sweep}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize,
+    "eval": evaluate,
+    "report": report,
+    "inspect": inspect,
+    "kernels": kernels,
+    "sweep": sweep,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:

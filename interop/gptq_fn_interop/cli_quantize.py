@@ -14,6 +14,8 @@ from tyro.conf import Positional, Suppress, arg
 
 from gptq_fn import FAMILIES, ON_DEVICE, ON_HOST, Preset, QuantConfig, Refinement, Report, Rule, Runtime, Search, preset
 from gptq_fn_interop.console import out, progress
+from gptq_fn_interop.report import PAGE, read_report, write_page
+from gptq_fn_interop.report.run import Origin
 
 Engine = Literal["transformers", "transformers+gptqmodel", "gptqmodel", "vllm", "sglang", "exllamav2", "llama.cpp"]
 
@@ -66,6 +68,7 @@ def quantize(
     budget_kl: float | None = None,
     measured: Path | None = None,
     plot: Path | None = None,
+    page: Annotated[bool, arg(name="report")] = False,
 ) -> None:
     """Quantize a checkpoint and write it in the GPTQ format.
 
@@ -93,6 +96,7 @@ def quantize(
         budget_kl: The same for the fewest bits with which the KL to the float model is predicted to be this, in nats a token.
         measured: The file for what a budget measures, by default DESTINATION.budget.json; what is there already is not measured again.
         plot: Draw predicted KL against bits a weight into this file.
+        page: Also write DESTINATION/report.html, as gptq-fn report does.
     """
     from gptq_fn_interop.calib import tokens
     from gptq_fn_interop.cli_budget import PROBES, Budget, chosen_config, require, settings_for
@@ -117,12 +121,14 @@ def quantize(
     if engine and not limited:
         config = _fitting(engine, directory, config_of, options.group_size)
     runtime = _runtime(activations, destination, devices)
-    run = _described(directory, config, runtime=runtime, resume=resume, hessians=keep_hessians)
+    chosen = {"preset": base, "for": engine, "budget": budget, "budget_kl": budget_kl}
+    origin = Origin(_called(source), _called(data), seed, {name: value for name, value in chosen.items() if value is not None})
+    run = _described(directory, config, runtime=runtime, resume=resume, hessians=keep_hessians, origin=origin)
     if run is None:
         if resume or activations != "device" or keep_hessians or mesh or limited:
             means = "--resume, --activations, --mesh, --keep-hessians and budgets"
             raise ValueError(f"{means} are for models that a row of the table describes; this one has none.")
-        run = _traced(directory)
+        run = _traced(directory, origin)
     settings = settings_for(directory, config, options.group_size, engine, limited) if limited else ()
     calib = tokens(data, directory, samples=samples, length=length, seed=seed)
     if limited:
@@ -146,6 +152,8 @@ def quantize(
         )
     if report.rounded:
         out.print(f"{len(report.rounded)} of them saw fewer than {config.min_rows} calibration tokens and were rounded to nearest.")
+    if page and first():
+        out.print(f"{write_page(read_report(destination), destination / PAGE)}: open it in a browser.", highlight=False, markup=False)
     if engine:
         from gptq_fn_interop.inspection import inspect
 
@@ -185,6 +193,11 @@ def say(engine: str, found: Any, name: str) -> None:
     out.print(f"{engine} loads {name}, as far as the quantization is concerned.", highlight=False)
 
 
+def _called(source: str) -> str:
+    """What a report calls a directory, a file or a name on the hub: where it lies here is left out."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
 def _runtime(activations: str, destination: Path, mesh: Mesh | None) -> Runtime:
     """The means of a run on these devices whose activations wait there."""
     from gptq_fn_interop.activations import on_disk
@@ -210,11 +223,11 @@ def _described(directory: Path, config: QuantConfig, **means: Any) -> Callable[.
     return run
 
 
-def _traced(directory: Path) -> Callable[..., Report]:
+def _traced(directory: Path, origin: Origin) -> Callable[..., Report]:
     """What quantizes any model that transformers can run."""
     from gptq_fn_interop.traced import quantize_traced
 
-    return partial(quantize_traced, torch_model(directory))
+    return partial(quantize_traced, torch_model(directory), origin=origin)
 
 
 def torch_model(directory: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -40,6 +41,7 @@ from gptq_fn_interop.kept import KeptHessians, keep_hessians
 from gptq_fn_interop.overlap import ahead, behind
 from gptq_fn_interop.params import Tensors, dense_shapes, read_block, read_params, read_top, under_way, write_block, write_params, write_top
 from gptq_fn_interop.processes import by_first, first, meet, mine
+from gptq_fn_interop.report.run import Origin, describe_run, write_report
 from gptq_fn_interop.resume import Block, begin, blocks_of, complete, files_of, identity
 from gptq_fn_interop.runtime import default_runtime
 from gptq_fn_interop.shards import SHARD_BYTES, assemble, write_json, write_parts
@@ -85,6 +87,7 @@ def quantize_checkpoint(
     runtime: Runtime | None = None,
     resume: bool = False,
     hessians: str | Path | None = None,
+    origin: Origin | None = None,
 ) -> Report:
     """Quantize the checkpoint in `source` and write it, in the GPTQ format, to `destination`.
 
@@ -92,12 +95,14 @@ def quantize_checkpoint(
     block is computed the next one is read and the one before is written. The destination appears when it is complete.
     A run that fails or is killed leaves its complete blocks in a hidden directory beside it, if there are any; the same
     call with `resume` continues from them and writes what it would have written without the failure, byte for byte, but for
-    the seconds in report.json. `hessians` is a directory in which all Hessians are kept, for `sweep`. Raises ValueError or
-    OSError in a sentence, before any work where the checkpoint, the config, the tokens or the destination are at fault.
+    the seconds in report.json. `hessians` is a directory in which all Hessians are kept, for `sweep`. `origin` is told in report.json,
+    by default the name of the source's directory. Raises ValueError or OSError in a sentence, before any work where the checkpoint,
+    the config, the tokens or the destination are at fault.
 
     Processes that share a mesh each call this with the same arguments, and with one file system: each writes some of the blocks,
     and the first one all else.
     """
+    began = time.perf_counter()
     config, runtime = config or preset("default"), runtime or default_runtime()
     checkpoint, spec = open_source(source, config, spec)
     check_tokens(calib, checkpoint.shapes[spec.embedding][0])
@@ -131,7 +136,8 @@ def quantize_checkpoint(
                     assemble([result / part.name for part in parts], result, shard_bytes)
                     described = checkpoint.config if spec.origin is None else model_config(quantized)
                     describe(result, described, embedding, report)
-                    write_json(result / "report.json", report.as_dict())
+                    told = origin or Origin(Path(source).resolve().name)
+                    write_report(result, report, describe_run(told, calib=calib, seconds=time.perf_counter() - began))
                     copy_companions(Path(source), result)
 
             meet()  # every process has written its blocks
@@ -253,7 +259,7 @@ def save_gptq(
         tensors = write_params(quantized.spec, quantized.params, zeros_version(quantized.report.config))
         assemble(write_parts(result, "part", tensors, shard_bytes), result, shard_bytes)
         describe(result, described, quantized.params["top"]["embed"]["weight"].dtype, quantized.report)
-        write_json(result / "report.json", quantized.report.as_dict())
+        write_report(result, quantized.report, describe_run())
 
 
 def load_gptq(directory: str | Path, *, spec: ModelSpec | None = None, packed: bool = False) -> tuple[dict[str, Any], ModelSpec]:

@@ -18,7 +18,8 @@ from gptq_fn import QuantConfig, QuantizedLinear, Report, Rule
 from gptq_fn_interop.gptq_format import quantization_config, to_tensors, zeros_version
 from gptq_fn_interop.qlinear import QuantLinear
 from gptq_fn_interop.quantizer import GPTQConfig, GptqQuantizer
-from gptq_fn_interop.shards import assemble, write_json, write_parts
+from gptq_fn_interop.report.run import write_report
+from gptq_fn_interop.shards import assemble, write_parts
 from gptq_fn_interop.stored import reverted
 from gptq_fn_interop.stream import copy_companions, describe
 from gptq_fn_interop.tensors import to_numpy, to_torch
@@ -53,8 +54,11 @@ class ModelWriter:
         )
         self._write(chain(packed, self._taken([name for name in self._rest if name.startswith(f"{block}.")])))
 
-    def close(self, report: Report, exact: Report) -> None:
-        """Write the tensors outside of the blocks and the files that describe them all; `exact` is what engines are told."""
+    def close(self, report: Report, exact: Report, run: Mapping[str, Any]) -> None:
+        """Write the tensors outside of the blocks and the files that describe them all; `exact` is what engines are told.
+
+        `run` is what `describe_run` tells.
+        """
         self._write(self._taken(list(self._rest)))
         assemble(self._parts, self._directory, self._limit)
         dtype = str(next(p.dtype for p in self._model.parameters() if p.is_floating_point())).removeprefix("torch.")
@@ -62,7 +66,7 @@ class ModelWriter:
         if isinstance(self._model, PreTrainedModel):
             own = {**json.loads(self._model.config.to_json_string()), **own}
         describe(self._directory, own, np.dtype(np.float32), exact)
-        write_json(self._directory / "report.json", report.as_dict())
+        write_report(self._directory, report, run)
 
     def _write(self, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         self._parts += write_parts(self._directory, f"part-{len(self._parts)}", tensors, self._limit)

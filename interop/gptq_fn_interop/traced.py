@@ -1,6 +1,7 @@
 """Quantizing any torch model through its own forward, along a trace of it: to a checkpoint, or in place."""
 
 import re
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from gptq_fn import Hessian, LinearReport, QuantConfig, QuantizedLinear, Report,
 from gptq_fn_interop.capture import evaluating, hollow, input_of, is_linear, run_block, weight_of
 from gptq_fn_interop.gptq_format import unpackable
 from gptq_fn_interop.qlinear import QuantLinear
+from gptq_fn_interop.report.run import Origin, describe_run
 from gptq_fn_interop.runtime import default_runtime
 from gptq_fn_interop.shards import SHARD_BYTES
 from gptq_fn_interop.staging import require_vacant, staged
@@ -58,6 +60,7 @@ def quantize_traced(
     traced: Trace | None = None,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    origin: Origin | None = None,
 ) -> TracedReport:
     """GPTQ on a torch model whose architecture nothing but its own forward describes.
 
@@ -67,9 +70,10 @@ def quantize_traced(
     `calib` holds token ids [samples, time], or samples of any lengths; `traced` is by default the `trace` of some of the
     longest, up to 2,048 tokens. The model runs in its own dtype on its own device, weights are solved in float32. Rules go
     by the names of modules. A linear that cannot be quantized stays float, and `left` of the report says why; so do
-    routers, unless a rule matches them.
+    routers, unless a rule matches them. `origin` is told in report.json.
     Raises ValueError or FileExistsError in a sentence where the model, the tokens, the trace or the destination are at fault.
     """
+    began = time.perf_counter()
     config = (config or preset("default")).alone(f"{type(model).__name__} is to run through its own forward")
     if destination is not None:
         require_vacant(Path(destination))
@@ -99,7 +103,9 @@ def quantize_traced(
         report = TracedReport(config, tuple(reports), tuple(left.items()))
         exact = with_exceptions(report, [stored[name] or name for name in left if name in stored])
         if writer is not None:
-            writer.close(report, exact)
+            samples, seconds = [sample for some in tokens for sample in some], time.perf_counter() - began
+            run = describe_run(origin, calib=samples, seconds=seconds, libraries=("torch", "transformers"))
+            writer.close(report, exact, run)
     if writer is None:
         install(model, layers, exact)
     return report
