@@ -5,7 +5,7 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu table lint wheel clean
+.PHONY: demo test test-slow test-gpu table docs lint dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)")
@@ -30,8 +30,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/pyright
 
-wheel: $(VENV)/.installed
-	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+# A warning is an error. The notice that is switched off is of MkDocs' future, not of these pages.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# From what is committed, so that nothing else can be in it.
+dist: $(VENV)/.installed
+	rm -rf dist build/committed
+	mkdir -p build/committed
+	git archive HEAD | tar -x -C build/committed
+	$(BIN)/python -m build --outdir dist build/committed
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist
@@ -49,5 +58,5 @@ ifeq ($(shell uname -sm),Linux x86_64)
 	  { $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu "torch==$(TORCH)"; }; \
 	fi
 endif
-	$(BIN)/pip install --quiet --editable ".[hf,dev]"
+	$(BIN)/pip install --quiet --editable ".[hf,dev,docs,release]"
 	@touch $@

@@ -1,4 +1,4 @@
-"""Writes README's table of model types from what tests/test_round_trip.py and tests/test_peft.py really did: `make table`.
+"""Writes the table in docs/architectures.md from what tests/test_round_trip.py and tests/test_peft.py really did: `make table`.
 
 `python tests/architectures.py -k llama` writes the rows of some.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 BEGIN, END = "<!-- architectures: written by `make table` -->", "<!-- end of architectures -->"
 TESTS = [Path(__file__).with_name(name) for name in ("test_round_trip.py", "test_peft.py")]
 STEPS = {
@@ -46,13 +46,13 @@ def main(options: list[str]) -> int:
     """Run the tests, those that pytest's `options` choose, and write their rows; the others stay as they are."""
     recorder = Recorder()
     status = pytest.main(["-n", "auto", "-m", "", *map(str, TESTS), *options], plugins=[recorder])
-    before, rest = README.read_text().split(BEGIN)
+    before, rest = PAGE.read_text().split(BEGIN)
     old, after = rest.split(END)
     rows = {line.split("|")[1].strip(): line for line in old.splitlines()[3:]}
     rows |= {kind: row(kind, tests) for kind, tests in recorder.done.items()}
     head = ["| model type | " + " | ".join(STEPS.values()) + " |", "|---" * (len(STEPS) + 1) + "|"]
     lines = "\n".join([BEGIN, *head, *(rows[kind] for kind in sorted(rows, key=str.lower)), END])
-    README.write_text(f"{before}{lines}{after}")
+    PAGE.write_text(f"{before}{lines}{after}")
     return int(status)
 
 
