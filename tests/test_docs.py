@@ -106,6 +106,17 @@ def test_the_commands_of_a_page_are_understood(page: str) -> None:
     assert called
 
 
+def test_the_options_in_sentences_are_options(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {}
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            tyro.extras.subcommand_cli_from_dict(dict(COMMANDS), prog="gptq-fn", args=[name, "--help"])
+        options[name] = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    for page in PAGES:
+        for command, rest in re.findall(r"`gptq-fn (\w+)\b([^`]*)`", page.read_text()):
+            assert set(re.findall(r"--[a-z][a-z-]+", rest)) <= options[command], f"{page.name}: gptq-fn {command}{rest}"
+
+
 def test_every_public_name_stands_in_the_reference() -> None:
     told = {name for page in ROOT.glob("docs/api/*.md") for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)}
     told = {name.replace("gptq_fn.check.check", "gptq_fn.check") for name in told}  # the function, not the module of its name
