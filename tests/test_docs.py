@@ -130,6 +130,12 @@ def test_every_field_of_a_config_stands_in_the_page_on_transformers() -> None:
     assert [line for line in page.splitlines() if line.startswith("| `")] == [f"| `{name}` | {what} |" for name, what in FIELDS.items()]
 
 
+def test_the_table_of_architectures_has_every_type() -> None:
+    rows = re.findall(r"^\| (\S+) \| yes", (ROOT / "docs/architectures.md").read_text(), re.MULTILINE)
+    assert set(rows) == set(gptq_fn.FAMILIES)
+    assert all(f" {len(rows)} model types" in (ROOT / page).read_text() for page in ("README.md", "CHANGELOG.md"))
+
+
 def test_every_option_stands_in_the_guide() -> None:
     table = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs/quantizing.md").read_text(), re.MULTILINE)
     assert {name for row in table for name in re.findall(r"`(\w+)`", row)} == set(QuantConfig.__dataclass_fields__)
