@@ -12,7 +12,7 @@ from gptq_fn_interop.report import PAGE, draw_figures, read_report, write_page
 def report(
     directory: Positional[Path],
     to: Path | None = None,
-    evaluation: Annotated[Path | None, arg(name="eval")] = None,
+    evaluations: Annotated[tuple[Path, ...], arg(name="eval")] = (),
     figures: Path | None = None,
     form: Annotated[Literal["png", "pdf", "svg"], arg(name="format")] = "png",
 ) -> None:
@@ -21,11 +21,11 @@ def report(
     Args:
         directory: What gptq-fn quantize wrote.
         to: The file to write, by default report.html in the directory.
-        evaluation: What gptq-fn eval --json wrote of the model, by default evaluation.json in the directory, if there is one.
+        evaluations: Files that gptq-fn eval --json wrote of the model, by default evaluation.json in the directory, if there is one.
         figures: Also draw figures for papers, with matplotlib, into this directory.
         form: Of the figures.
     """
-    told = read_report(directory, evaluation)
+    told = read_report(directory, evaluations)
     drawn = () if figures is None else draw_figures(told, figures, form)
     out.print(f"{write_page(told, to or directory / PAGE)}: open it in a browser.", highlight=False, markup=False)
     for path in drawn:

@@ -9,6 +9,7 @@ from gptq_fn_interop.report.errors import error_map, errors_over_depth, largest_
 from gptq_fn_interop.report.fallbacks import fallbacks
 from gptq_fn_interop.report.markup import document, tag
 from gptq_fn_interop.report.parts import exactly, name_of, note, pairs, section, table
+from gptq_fn_interop.report.predictions import predictions
 from gptq_fn_interop.report.read import Cell, Told, cells_of, in_blocks
 from gptq_fn_interop.report.sizes import sizes, totals
 from gptq_fn_interop.report.target import target
@@ -17,14 +18,13 @@ from gptq_fn_interop.report.words import figure, per_cent, size_of, time_of, val
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """What a browser may do for the page: nothing but to show it, whatever the names in a checkpoint say."""
 
-LABELS = {
-    "tokens": "tokens predicted",
-    "nll": "negative log likelihood, nats a token",
-    "kl": "KL from the float model, nats a token",
-    "kl_error": "standard error of the KL",
-    "agreement": "top-1 agreement with the float model",
+CHOSEN = {
+    "group_size": "a whole row",
+    "damp": "inputs / tokens, from 0.01 to 1",
+    "alpha": "the best on samples held out",
+    "refine": "not at all",
 }
-"""Some names of what is measured, in words; others are shown as they are."""
+"""What it means that an option of QuantConfig has no value."""
 
 
 def page(told: Told) -> str:
@@ -49,7 +49,7 @@ def page(told: Told) -> str:
             fallbacks(told, cells),
             target(told, cells),
             sizes(told, cells),
-            _measured(told),
+            predictions(told),
             tag("div", _options(told), _run(told), class_="columns"),
             _all(cells),
         ),
@@ -83,20 +83,13 @@ def _tiles(told: Told) -> Element:
     return tag("dl", [tag("div", tag("dt", name), tag("dd", value), tag("dd", more)) for name, value, more in tiles], class_="tiles")
 
 
-def _measured(told: Told) -> Element:
-    if not told.measured:
-        return section("Predictions", note("Not measured: gptq-fn eval measures perplexity, and KL against the float model."))
-    found = [[(LABELS.get(name, name), value_of(value)) for name, value in x.items() if value is not None] for x in told.measured]
-    return section("Predictions", map(pairs, found))
-
-
 def _options(told: Told) -> Element:
     usual = {name: value for name, value in told.config.items() if name != "rules"}
     rules = [(name_of(rule["pattern"]), tag("span", _change(rule["config"], usual))) for rule in told.config.get("rules") or ()]
     return tag(
         "div",
         tag("h2", "Options"),
-        pairs([(name, value_of(value)) for name, value in {**_part(told, "options"), **usual}.items()]),
+        pairs([(name, _option(name, value)) for name, value in {**_part(told, "options"), **usual}.items()]),
         [tag("h3", f"Rules: {len(rules)}"), table(("linears that match", "get"), rules)] if rules else None,
     )
 
@@ -104,8 +97,12 @@ def _options(told: Told) -> Element:
 def _change(config: Mapping[str, Any] | None, usual: Mapping[str, Any]) -> str:
     if config is None:
         return "nothing: they stay as they are"
-    changed = [f"{name} {value_of(value)}" for name, value in config.items() if name != "rules" and usual.get(name) != value]
+    changed = [f"{name} {_option(name, x)}" for name, x in config.items() if name != "rules" and usual.get(name) != x]
     return ", ".join(changed) or "the same"
+
+
+def _option(name: str, value: Any) -> str:
+    return value_of(value, CHOSEN.get(name, "none"))
 
 
 def _run(told: Told) -> Element:
@@ -134,7 +131,9 @@ def _part(told: Told, name: str) -> Mapping[str, Any]:
 
 
 def _all(cells: Sequence[Cell]) -> Element:
-    head = ("linear", "bits", "out x in", "error", "worst", "rounding", "tokens", "damping", "dead", "alpha", "rounded")
+    several = any(len(cell.linears) > 1 for cell in cells)
+    worst = ("worst",) if several else ()
+    head = ("linear", "bits", "out x in", "error", *worst, "rounding", "tokens", "damping", "dead", "alpha", "rounded")
     rows = []
     for cell in cells:
         shapes, rows_of = {x.shape for x in cell.linears}, [x.rows for x in cell.linears if x.rows is not None]
@@ -145,7 +144,7 @@ def _all(cells: Sequence[Cell]) -> Element:
                 ", ".join(sorted({str(x.bits) for x in cell.linears})),
                 " x ".join(map(str, min(shapes))) if len(shapes) == 1 else "several",
                 exactly(cell.mean()),
-                exactly(cell.largest()),
+                *(exactly(cell.largest()) for _ in worst),
                 exactly(cell.mean("rtn_error")),
                 whole(min(rows_of, default=None)),
                 figure(cell.largest("damp")),
@@ -157,6 +156,6 @@ def _all(cells: Sequence[Cell]) -> Element:
     experts = "Experts of a block share a row: mean and worst error, the fewest tokens, the largest damping and number of dead inputs."
     return section(
         "All linears",
-        note(experts) if any(len(cell.linears) > 1 for cell in cells) else None,
+        note(experts) if several else None,
         tag("details", tag("summary", f"{len(rows):,} rows"), table(head, rows)),
     )

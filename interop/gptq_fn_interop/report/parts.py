@@ -47,8 +47,9 @@ def pairs(of_them: Iterable[tuple[str, str]]) -> Element:
 
 
 def name_of(name: str) -> Element:
-    """The name of a linear."""
-    return tag("span", name, class_="name")
+    """The name of a linear, which may break behind its dots."""
+    first, *others = name.split(".")
+    return tag("span", first, [(".", tag("wbr"), part) for part in others], class_="name")
 
 
 def exactly(value: float | None) -> Child:

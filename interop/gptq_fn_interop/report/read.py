@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from gptq_fn_interop.report.run import REPORT, SCHEMA
 
 EVALUATION = "evaluation.json"
-"""The file beside report.json that tells what was measured of the model, if there is one."""
+"""The file beside report.json with what gptq-fn eval measured, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Told:
         return math.sqrt(sum(error**2 * energy for error, energy in parts) / energy)
 
 
-def read_report(directory: str | Path, evaluation: str | Path | None = None) -> Told:
-    """The report in a directory; `evaluation` is by default the evaluation.json there, if there is one.
+def read_report(directory: str | Path, evaluations: Sequence[str | Path] = ()) -> Told:
+    """The report in a directory; `evaluations` are files of gptq-fn eval, by default the evaluation.json there, if there is one.
 
     Raises ValueError or OSError in a sentence.
     """
@@ -98,11 +98,11 @@ def read_report(directory: str | Path, evaluation: str | Path | None = None) -> 
     try:
         linears = tuple(_linear(x, config) for x in found["linears"])
         left = tuple((str(name), str(why)) for name, why in found.get("left", ()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{file} is damaged: {what}. Quantize again, or restore the file.") from None
     files = [path.stat().st_size for path in directory.glob("*.safetensors")]
-    return Told(directory, linears, config, _object(found.get("run")), left, _measured(directory, evaluation), sum(files) or None)
+    return Told(directory, linears, config, _object(found.get("run")), left, _measured(directory, evaluations), sum(files) or None)
 
 
 def _object(value: Any) -> Mapping[str, Any]:
@@ -116,17 +116,19 @@ def _json(file: Path) -> Any:
         raise ValueError(f"{file} is damaged: it is not JSON ({error}). Write it again, or restore it.") from None
 
 
-def _measured(directory: Path, evaluation: str | Path | None) -> tuple[Mapping[str, Any], ...]:
-    file = directory / EVALUATION if evaluation is None else Path(evaluation)
-    if not file.is_file():
-        if evaluation is not None:
-            raise FileNotFoundError(f"There is no file {file}; write one with gptq-fn eval, or leave --eval out.")
-        return ()
-    found = _json(file)
-    found = found if isinstance(found, list) else [found]
-    if not all(isinstance(x, dict) for x in found):
-        raise ValueError(f"{file} holds no evaluation: an object, or a list of objects, was expected. Write it with gptq-fn eval.")
-    return tuple(found)
+def _measured(directory: Path, evaluations: Sequence[str | Path]) -> tuple[Mapping[str, Any], ...]:
+    if not evaluations:
+        return _measured(directory, [directory / EVALUATION]) if (directory / EVALUATION).is_file() else ()
+    measured = []
+    for file in map(Path, evaluations):
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no file {file}; write one with gptq-fn eval --json, or leave --eval out.")
+        found = _json(file)
+        found = found if isinstance(found, list) else [found]
+        if not all(isinstance(x, dict) for x in found):
+            raise ValueError(f"{file} holds no evaluation: an object or a list of objects was expected. Write it with gptq-fn eval --json.")
+        measured.extend(found)
+    return tuple(measured)
 
 
 def _linear(told: Mapping[str, Any], config: Mapping[str, Any]) -> Linear:

@@ -56,7 +56,7 @@ def describe_run(
         },
         "options": dict(origin.options),
         "versions": {"python": platform.python_version(), **_versions((*LIBRARIES, *libraries))},
-        "device": f"{device.platform} {device.device_kind}",
+        "device": " ".join(dict.fromkeys((device.platform, device.device_kind))),
         "devices": jax.device_count(),
         "seconds": seconds,
     }
