@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-import smollm2
 from gptq_fn_interop.calib import tokens
 from gptq_fn_interop.console import progress
 from gptq_fn_interop.evaluation import evaluate
-from gptq_fn_interop.hub import local
 from gptq_fn_interop.stream import load_gptq, quantize_checkpoint
+from models import float_model, fresh
 
 from gptq_fn import preset
 
@@ -34,7 +33,7 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=Path(__file__).parent.parent / "build", help="where results go")
     args = parser.parse_args()
 
-    source = local(args.model) if args.model else smollm2.fetch(args.build / "smollm2")
+    source = float_model(args.model, args.build)
     destination = fresh(args.build / f"{source.name}-gptq-{args.bits}bit")
     config = preset("default", bits=args.bits, group_size=args.group_size)
     calib = tokens(args.data, source, samples=args.samples, length=512)
@@ -63,12 +62,6 @@ def main() -> None:
     console.print(report.table(report.worst(5)), highlight=False)
     console.print(f"\nThe quantized model, in transformers: {speak(destination)}", highlight=False, markup=False)
     console.print(f"\nThe checkpoint is in {os.path.relpath(destination)}")
-
-
-def fresh(directory: Path) -> Path:
-    """The directory, or the first numbered sibling, where nothing is yet: no earlier result is overwritten."""
-    candidates = (directory if i == 1 else directory.with_name(f"{directory.name}-{i}") for i in range(1, 10_000))
-    return next(path for path in candidates if not path.exists())
 
 
 def megabytes(directory: Path) -> float:

@@ -23,11 +23,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-import smollm2
-from demo import fresh
 from gptq_fn_interop.calib import tokens
 from gptq_fn_interop.console import progress
-from gptq_fn_interop.stream import quantize_checkpoint
+from models import float_model, fresh, in_4_bits
 
 import gptq_fn.interop  # noqa: F401 - lets transformers read GPTQ checkpoints
 
@@ -46,7 +44,7 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=Path(__file__).parent.parent / "build", help="where results go")
     args = parser.parse_args()
 
-    source = args.model or smollm2_in_4_bits(args.build)
+    source = args.model or in_4_bits(float_model(None, args.build), args.build)
     samples = torch.from_numpy(tokens(args.data, source, samples=args.steps * args.batch, length=args.length)).long()
     held_out = torch.from_numpy(tokens(args.data, source, samples=16, length=args.length, split="evaluation", seed=None)).long()
     destination = fresh(args.build / f"{source.name}-lora")
@@ -71,17 +69,6 @@ def main() -> None:
     table.add_row("peak memory, GiB", "", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
     console.print(table)
     console.print(f"The adapter is in {os.path.relpath(destination)}; PeftModel.from_pretrained(model, directory) puts it on again.")
-
-
-def smollm2_in_4_bits(build: Path) -> Path:
-    """The directory of the quantized checkpoint that `make demo` leaves, made here where it did not run."""
-    source = smollm2.fetch(build / "smollm2")
-    destination = build / f"{source.name}-gptq-4bit"
-    if not destination.exists():
-        calib = tokens("pydoc", source, samples=32, length=512)
-        with progress("Quantizing blocks") as advance:
-            quantize_checkpoint(source, destination, calib, progress=lambda done, of, _: advance(done, of))
-    return destination
 
 
 def train(model: Any, batches: torch.Tensor, rate: float) -> list[float]:

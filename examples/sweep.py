@@ -16,14 +16,12 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 
 sys.path.insert(0, str(Path(__file__).parent))
-import smollm2
-from demo import fresh
 from gptq_fn_interop.calib import tokens
 from gptq_fn_interop.cli_sweep import table
 from gptq_fn_interop.console import progress
-from gptq_fn_interop.hub import local
 from gptq_fn_interop.stream import quantize_checkpoint
 from gptq_fn_interop.sweep import sweep
+from models import float_model, fresh
 
 from gptq_fn import QuantConfig, Report
 
@@ -41,7 +39,7 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=Path(__file__).parent.parent / "build", help="where results go")
     args = parser.parse_args()
 
-    source = local(args.model) if args.model else smollm2.fetch(args.build / "smollm2")
+    source = float_model(args.model, args.build)
     folder = fresh(args.build / f"{source.name}-sweep")
     calib = tokens(args.data, source, samples=args.samples, length=512)
     hessians = folder / "hessians"
