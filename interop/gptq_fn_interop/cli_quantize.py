@@ -14,8 +14,7 @@ from tyro.conf import Positional, Suppress, arg
 
 from gptq_fn import FAMILIES, ON_DEVICE, ON_HOST, Preset, QuantConfig, Refinement, Report, Rule, Runtime, Search, preset
 from gptq_fn_interop.console import out, progress
-from gptq_fn_interop.report import PAGE, read_report, write_page
-from gptq_fn_interop.report.run import Origin
+from gptq_fn_interop.report import PAGE, Origin, read_report, write_page
 
 Engine = Literal["transformers", "transformers+gptqmodel", "gptqmodel", "vllm", "sglang", "exllamav2", "llama.cpp"]
 

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 from gptq_fn_interop.report.read import Told, read_report
+from gptq_fn_interop.report.run import Origin
 
 PAGE = "report.html"
 """What the page is called beside the report."""
 
-__all__ = ["PAGE", "Told", "draw_figures", "read_report", "write_page"]
+__all__ = ["PAGE", "Origin", "Told", "draw_figures", "read_report", "write_page"]
 
 
 def write_page(told: Told, path: str | Path) -> Path:

@@ -34,7 +34,7 @@ def draw(told: Told, directory: Path, form: str = "png") -> tuple[Path, ...]:
     try:
         import matplotlib as mpl
     except ImportError:
-        raise ValueError("Figures are drawn with matplotlib, which is not installed: pip install matplotlib.") from None
+        raise ValueError("Figures are drawn with matplotlib, which is not installed: pip install 'gptq-fn[report]'.") from None
     cells = in_blocks(cells_of(told.linears))
     if not cells:
         raise ValueError(f"No linear of {told.directory} stands in a numbered block, so there is no depth to draw; leave the figures out.")

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 from gptq_fn_interop.report.errors import error_map, errors_over_depth, largest_errors
 from gptq_fn_interop.report.fallbacks import fallbacks
 from gptq_fn_interop.report.markup import document, tag
-from gptq_fn_interop.report.parts import exactly, name_of, note, pairs, section, table
+from gptq_fn_interop.report.parts import breaking, exactly, name_of, note, pairs, section, table
 from gptq_fn_interop.report.predictions import predictions
 from gptq_fn_interop.report.read import Cell, Told, cells_of, in_blocks
 from gptq_fn_interop.report.sizes import sizes, totals
@@ -40,7 +40,7 @@ def page(told: Told) -> str:
     )
     body = tag(
         "body",
-        tag("header", tag("h1", told.model), tag("p", _summary(told, cells), class_="soft"), _tiles(told)),
+        tag("header", tag("h1", breaking(told.model)), tag("p", _summary(told, cells), class_="soft"), _tiles(told)),
         tag(
             "main",
             error_map(cells),

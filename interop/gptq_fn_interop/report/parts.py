@@ -1,5 +1,6 @@
 """What the sections of the page are made of."""
 
+import re
 from collections.abc import Iterable, Sequence
 from xml.etree.ElementTree import Element
 
@@ -47,9 +48,14 @@ def pairs(of_them: Iterable[tuple[str, str]]) -> Element:
 
 
 def name_of(name: str) -> Element:
-    """The name of a linear, which may break behind its dots."""
-    first, *others = name.split(".")
-    return tag("span", first, [(".", tag("wbr"), part) for part in others], class_="name")
+    """The name of a linear."""
+    return tag("span", breaking(name), class_="name")
+
+
+def breaking(name: str) -> Child:
+    """A name that may break behind its dots and slashes."""
+    first, *others = re.split(r"(?<=[./])", name)
+    return first, [(tag("wbr"), part) for part in others]
 
 
 def exactly(value: float | None) -> Child:
