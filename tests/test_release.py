@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("gptq_fn/", "interop/gptq_fn_interop/", "kernels/gptq_fn_kernels/")
 SOURCES = ("kernels/gptq_fn_kernels/cuda/probe.cu", "kernels/gptq_fn_kernels/cuda/probe.cuh")
 """Kernel sources that need no Python to be noticed."""
-EXTRAS = ("hf", "peft", "flax", "eval", "all")
-"""What users install; dev, docs and release are for this repository, cuda for machines with a GPU."""
+NOT_FOR_ALL = {"all", "cuda", "dev", "docs", "release"}
+"""Extras that `all` does not hold: dev, docs and release are for this repository, cuda is for machines with a GPU."""
 
 
 def tracked() -> set[str]:
@@ -70,10 +70,11 @@ def test_the_core_asks_for_no_framework(built: tuple[set[str], Path, Path]) -> N
     needs = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert len(needs) > 5
     assert not [need for need in needs if re.match("torch|transformers|triton|flax|datasets|accelerate", need)]
-    wanted = {extra: {need for need in metadata.get_all("Requires-Dist", []) if f"extra == '{extra}'" in need} for extra in EXTRAS}
+    extras = metadata.get_all("Provides-Extra", [])
+    wanted = {extra: {need for need in metadata.get_all("Requires-Dist", []) if f"extra == '{extra}'" in need} for extra in extras}
     assert all(wanted.values())
     everything = {need.replace("'all'", "") for need in wanted["all"]}
-    assert everything == {need.replace(f"'{extra}'", "") for extra in EXTRAS if extra != "all" for need in wanted[extra]}
+    assert everything == {need.replace(f"'{extra}'", "") for extra in {*extras} - NOT_FOR_ALL for need in wanted[extra]}
 
 
 def test_one_version_everywhere() -> None:
