@@ -331,6 +331,8 @@ def test_other_files_that_do_not_serve_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stands in a numbered block"):
         draw_figures(read_report(directory), tmp_path / "figures")
     assert "lm_head" in page_of(directory).text  # the page does without blocks
+    with pytest.raises(IsADirectoryError, match="name the file to write, as "):
+        write_page(read_report(directory), tmp_path)
     assert "0 linears" in page_of(written(tmp_path / "empty", [])).text
 
 

@@ -16,11 +16,16 @@ def write_page(told: Told, path: str | Path) -> Path:
     """The path of the HTML page that is written there, whole or not at all. Raises OSError."""
     from gptq_fn_interop.report.page import page
 
-    path = Path(path)
+    path, text = Path(path), page(told)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name the file to write, as {path / PAGE}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.unfinished")
-    aside.write_text(page(told), "utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, "utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
     return path
 
 
