@@ -85,11 +85,19 @@ def encoder(tokenizer: Any) -> Encode:
 
 
 def documents(data: str, split: Split = "calibration") -> Iterator[str]:
-    """The texts of a named source: "pydoc", a file, or a hub dataset. The two splits share no text."""
+    """The texts of a named source that are not blank: "pydoc", a file, or a hub dataset. The two splits share no text."""
+    return filter(str.strip, texts(data, split))
+
+
+def texts(data: str, split: Split) -> Iterator[str]:
+    """The same with blank ones."""
     if data == "pydoc":
         yield from _pydoc(split)
     elif Path(data).is_file():
-        yield Path(data).read_text("utf-8")
+        try:
+            yield Path(data).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{data} is not a text in UTF-8: {error}. Give a text file, or the name of a hub dataset.") from error
     else:
         yield from _hub(data, split)
 
@@ -117,9 +125,10 @@ def _hub(data: str, split: Split) -> Iterator[str]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"There is no file {data!r}, and no hub dataset of this name could be loaded: {reason}") from error
     for row in rows:
+        if known.column not in row:
+            raise ValueError(f"The dataset {data!r} has no column {known.column!r}, but {', '.join(row)}; write its texts into a file.")
         value = row[known.column]
         if isinstance(value, str):
-            if value.strip():
-                yield value
+            yield value
         else:
             yield "\n".join(f"{message['role']}: {message['content']}" for message in value)

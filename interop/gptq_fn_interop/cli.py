@@ -2,75 +2,20 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
-import numpy as np
 import tyro
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from gptq_fn import FAMILIES, __version__
+from gptq_fn import __version__
+from gptq_fn_interop.cli_eval import evaluate
 from gptq_fn_interop.cli_kernels import kernels
-from gptq_fn_interop.cli_quantize import Engine, quantize, say, torch_model
+from gptq_fn_interop.cli_quantize import Engine, quantize, say
 from gptq_fn_interop.cli_report import report
 from gptq_fn_interop.cli_sweep import sweep
 from gptq_fn_interop.compile_cache import keep_programs
-from gptq_fn_interop.console import out, problems, progress
-
-
-def _predictor(directory: Path) -> Any:
-    """What predicts as the model in this directory does."""
-    from gptq_fn_interop.checkpoint import Checkpoint
-    from gptq_fn_interop.stream import load_gptq
-
-    if Checkpoint(directory).config.get("model_type") in FAMILIES:
-        return load_gptq(directory)
-    import torch
-
-    from gptq_fn_interop.tensors import to_jax
-
-    model = torch_model(directory)
-
-    @torch.no_grad()
-    def predict(tokens: Any) -> Any:
-        return to_jax(model(torch.tensor(np.asarray(tokens), dtype=torch.long)).logits.float())
-
-    return predict
-
-
-def evaluate(
-    model: Positional[str],
-    data: str = "pydoc",
-    reference: str | None = None,
-    samples: int = 32,
-    length: int = 512,
-) -> None:
-    """Measure perplexity on held-out text and, against a float model, the divergence of the predictions.
-
-    Args:
-        model: A directory with a float or quantized checkpoint, or the name of a model on the hub.
-        data: Held-out text: a text file, "pydoc" (the half that calibration never sees), wikitext2, c4 or any hub dataset.
-        reference: The float model, for KL(reference || model) per token and top-1 agreement.
-        samples: Number of samples.
-        length: Tokens of a sample.
-    """
-    from gptq_fn_interop import evaluation
-    from gptq_fn_interop.calib import tokens
-    from gptq_fn_interop.hub import local
-
-    directory = local(model)
-    other = None if reference is None else _predictor(local(reference))
-    text = tokens(data, directory, samples=samples, length=length, split="evaluation", seed=None)
-    with progress("Evaluating samples") as advance:
-        found = evaluation.evaluate(_predictor(directory), text, other, progress=advance)
-    table = Table("measure", "value", title=f"{model} on {found.tokens} tokens of {data}")
-    table.add_row("perplexity", f"{found.perplexity:.3f}")
-    table.add_row("negative log likelihood, nats a token", f"{found.nll:.4f}")
-    if found.kl is not None:
-        table.add_row("KL from the reference, nats a token", f"{found.kl:.4f} ± {found.kl_error:.4f}")
-        table.add_row("top-1 agreement", f"{found.agreement:.1%}")
-    out.print(table)
+from gptq_fn_interop.console import out, problems
 
 
 def inspect(model: Positional[str], engine: Annotated[Engine | None, arg(name="for")] = None) -> None:

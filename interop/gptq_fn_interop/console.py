@@ -11,7 +11,7 @@ problems = Console(stderr=True)
 
 @contextmanager
 def progress(title: str, *, shown: bool = True):
-    """A progress bar with an estimate, if it is to be shown; yields a function of (done, total)."""
+    """A progress bar with an estimate, if it is to be shown; yields a function of (done, total) and, if it changes, the title."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -23,7 +23,7 @@ def progress(title: str, *, shown: bool = True):
     with Progress(*columns, console=problems, disable=not shown) as bar:
         task = bar.add_task(title, total=None)
 
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def advance(done: int, total: int, said: str = title) -> None:
+            bar.update(task, completed=done, total=total, description=said)
 
         yield advance
