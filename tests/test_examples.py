@@ -163,9 +163,11 @@ def test_research(run: Run, model: Path) -> None:
     assert all(0 < error < 1 for error in found)
 
 
-def test_perplexity(run: Run, model: Path, quantized: Path) -> None:
-    said = run("perplexity.py", "--model", model, "--quantized", quantized, *SMALL)
-    before, after = map(float, re.findall(r"perplexity │ ([0-9.]+) │ ([0-9.]+)", said)[0])
+@pytest.mark.parametrize("form", ["strided", "chunks"])
+def test_perplexity(run: Run, model: Path, quantized: Path, form: str) -> None:
+    said = run("perplexity.py", "--model", model, "--quantized", quantized, "--form", form, *SMALL)
+    before, after = map(float, re.findall(r"perplexity │ ([0-9.]+) │ ([0-9.]+) ±", said)[0])
+    assert f"on {255 if form == 'strided' else 4 * 31} tokens" in said
     assert before != after
     assert 0.5 < after / before < 2
     assert "KL from the float model" in said
