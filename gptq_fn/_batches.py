@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 from gptq_fn._mesh import PARTS, WHOLE, placed, size, split
 from gptq_fn._programs import program
 from gptq_fn._runtime import Runtime
+from gptq_fn._target import ALONE, shares
 from gptq_fn.model.decoder import embed
 from gptq_fn.spec import ModelSpec
 
@@ -34,8 +35,10 @@ class Batch(NamedTuple):
     """Which tokens count; the others are padding."""
     samples: tuple[int, ...]
     """The numbers of the samples; rows beyond them are padding."""
+    share: tuple[int, ...] = ()
+    """The share of each of them, as `gptq_fn._target.shares` tells it, where a float stream runs beside."""
     exact: Any = None
-    """What enters the block of the float model, kept like `x`: the float stream, where one runs beside."""
+    """What enters the block of the float model, kept like `x`: the float stream, unless all of these samples go alone."""
 
 
 def embed_batches(
@@ -51,7 +54,7 @@ def embed_batches(
 
     Samples of one length are not padded. Others are, to the next power of two, so that a block compiles for few shapes.
     Computation runs in `dtype`, by default that of the embedding. With a mesh, each device holds as many samples of a batch.
-    `beside` begins the float stream, too: both are the same at the first block.
+    `beside` begins the float stream, too, with as many samples as it needs: both streams are the same at the first block.
     """
     runtime = runtime or Runtime()
     shell, devices = replace(spec, blocks=()), size(runtime.mesh)
@@ -62,8 +65,12 @@ def embed_batches(
     alike: dict[int, list[int]] = defaultdict(list)
     for n, sample in enumerate(tokens):
         alike[longest if len(lengths) == 1 else min(longest, 1 << (len(sample) - 1).bit_length())].append(n)
+    embedded = partial(_embed, shell, dtype=dtype, mesh=runtime.mesh)
+    features = top["project_in"]["weight"].shape[0] if "project_in" in top else top["embed"]["weight"].shape[1]
+    share = shares([len(sample) for sample in tokens], features) if beside else (ALONE,) * len(tokens)
     batches = []
     for width, numbers in sorted(alike.items()):
+        numbers.sort(key=lambda n: (share[n] == ALONE, -share[n], n))  # those of one share together
         calls = -(-len(numbers) // (devices * max(1, runtime.tokens // width)))
         together = -(-len(numbers) // (calls * devices)) * devices
         for i in range(0, len(numbers), together):
@@ -72,8 +79,9 @@ def embed_batches(
             for row, n in enumerate(mine):
                 ids[row, : len(tokens[n])], keep[row, : len(tokens[n])] = tokens[n], True
             ids, keep = placed((ids, keep), runtime.mesh, PARTS)
-            x = runtime.store.put(_embed(shell, top, jnp.asarray(ids), dtype, runtime.mesh))
-            batches.append(Batch(x, jnp.asarray(keep), mine, x if beside else None))
+            x = runtime.store.put(embedded(top, jnp.asarray(ids)))
+            of_mine = tuple(share[n] for n in mine)
+            batches.append(Batch(x, jnp.asarray(keep), mine, of_mine, None if min(of_mine, default=ALONE) == ALONE else x))
     return batches
 
 

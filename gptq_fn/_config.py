@@ -61,9 +61,8 @@ class QuantConfig:
     """Linears of one block see the rounding errors of those before them."""
     alpha: float | None = 0.0
     """How much of what rounding before a linear changed in its inputs the linear itself makes good, from 0 to 1. Unless 0, the float
-    model runs beside, which takes as much time and memory again for activations. None means the best for every eighth sample,
-    which is then held out, with its own factor of the others: for each group of linears that are solved together; and 0 where the
-    float model cannot run beside."""
+    model runs beside, with as many samples as it needs to tell. None means the best for every eighth of these, which is then held
+    out: for each group of linears that are solved together; and 0 where the float model cannot run beside."""
     experts: Seen = "routed"
     """The calibration tokens that an expert sees: those routed to it, or all of them."""
     min_rows: int = 32

@@ -1,6 +1,5 @@
 """Quantizing the experts of a block: one program over all of them, each with the Hessian of the tokens routed to it."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,16 +13,16 @@ from jaxtyping import Array
 
 from gptq_fn._batches import Batch
 from gptq_fn._config import QuantConfig
-from gptq_fn._factor import Factor, factor
+from gptq_fn._factor import factor
 from gptq_fn._hessian import Hessian
-from gptq_fn._linears import Solved, alike, report_of, require_sound, solve_together
+from gptq_fn._linears import Told, alike, report_of, solve_together
 from gptq_fn._mesh import AXIS, PARTS, WHOLE, added, adding, size, split, together, zeros
 from gptq_fn._programs import program
 from gptq_fn._quantized import QuantizedLinear
 from gptq_fn._report import LinearReport
 from gptq_fn._runtime import Runtime
 from gptq_fn._solve import RoundBlock
-from gptq_fn._target import Moments, add, no_rows, shares_of, total
+from gptq_fn._target import Moments, add, fitted_to, no_rows, rows_of, total
 from gptq_fn.model.block import BlockParams
 from gptq_fn.model.ffn import expand
 from gptq_fn.model.moe import Route, expert_params
@@ -42,15 +41,15 @@ def quantize_experts(
     plan: Mapping[str, QuantConfig],
     names: Mapping[str, str],
     runtime: Runtime,
-) -> Iterator[tuple[str, QuantizedLinear, tuple[LinearReport, ...]]]:
-    """Each role of `plan`, which read `tap`, quantized with a leading axis of experts, and the report of every expert.
+) -> Iterator[tuple[str, QuantizedLinear, Callable[[], tuple[LinearReport, ...]]]]:
+    """Each role of `plan`, which read `tap`, quantized with a leading axis of experts, and what gives the report of every expert.
 
     The experts that are solved together are divided among the devices of a mesh where their number allows it.
 
     The states of each of the `streams` wait in the runtime's store, and `models` are the block as each sees it; `names` maps roles
     to names with "{n}" for the number of the expert.
     An expert that fewer tokens than the configuration's min_rows reach is rounded to nearest. What the float stream has of a token is
-    compared where the quantized stream routes it. Raises ValueError as `quantize_linears` does.
+    compared where the quantized stream routes it. What gives the reports raises ValueError as `quantize_linears` does.
     """
     p, inputs = models[0], models[0][next(iter(plan))]["weight"].shape[-1]
     begin = partial(no_rows, inputs, plan.values())
@@ -59,7 +58,7 @@ def quantize_experts(
     chunks = [n for n in range(min(limit, spec.experts), 0, -1) if spec.experts % n == 0]
     chunk = next((n for n in chunks if n % size(runtime.mesh) == 0), chunks[0])
     parts = WHOLE if chunk % size(runtime.mesh) else PARTS
-    found: dict[str, list[tuple[QuantizedLinear, list[LinearReport]]]] = {role: [] for role in plan}
+    found: dict[str, list[tuple[QuantizedLinear, Callable[[], list[LinearReport]]]]] = {role: [] for role in plan}
     seen = next(iter(plan.values())).experts
     for first in range(0, spec.experts, chunk):
         gathered = _gather(spec, models, tap, streams, batches, begin, first, chunk, runtime, everything=seen == "all")
@@ -69,11 +68,15 @@ def quantize_experts(
             assert runtime.observe
             runtime.observe(tuple(names[role].format(n=first + n) for role in plan), _picked(h, np.int32(n), runtime.mesh, parts))
         for config, roles in alike(plan).items():
-            for role, q, reports in _solve_chunk(p, roles, first, chunk, moments, config, names, runtime, parts):
-                found[role].append((q, reports))
+            for role, q, tell in _solve_chunk(p, roles, first, chunk, moments, config, names, runtime, parts):
+                found[role].append((q, tell))
     for role, chunks in found.items():
         q = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(q for q, _ in chunks))
-        yield role, q, tuple(report for _, reports in chunks for report in reports)
+        yield role, q, partial(_all_told, [tell for _, tell in chunks])
+
+
+def _all_told(chunks: Sequence[Callable[[], list[LinearReport]]]) -> tuple[LinearReport, ...]:
+    return tuple(report for tell in chunks for report in tell())
 
 
 def _gather(
@@ -94,10 +97,10 @@ def _gather(
     inner = tap == "expert_down_in"
     found = list(zeros(partial(_repeated, begin, chunk), runtime.mesh))
     for batch, *waiting in zip(batches, *streams, strict=True):
-        states = [runtime.store.get(a) for a in waiting]
+        states = [runtime.store.get(a) for a in waiting if a is not None]
         xs = tuple(state.held["experts_in"] if inner else state.taps["mlp_in"] for state in states)
         to = Route(*states[0].held["route"])
-        for share, keep in shares_of(batch.keep, batch.samples, len(found), runtime.mesh):
+        for share, keep in rows_of(batch.keep, batch.share, len(found), runtime.mesh):
             arguments = found[share], mine, xs, keep, to, np.int32(first)
             found[share] = _add(spec, *arguments, inner=inner, everything=everything, mesh=runtime.mesh)
     return found
@@ -156,23 +159,20 @@ def _solve_chunk(
     names: Mapping[str, str],
     runtime: Runtime,
     parts: P,
-) -> Iterator[tuple[str, QuantizedLinear, list[LinearReport]]]:
+) -> Iterator[tuple[str, QuantizedLinear, Callable[[], list[LinearReport]]]]:
     """Each role quantized for the experts from `first` on; roles of one input are solved together, as rows of one matrix."""
-    began = time.perf_counter()
     mine = {role: jax.tree.map(lambda a: a[first : first + chunk], p[role]) for role in roles}
-    f, rows, solved = _solve([mine[role]["weight"] for role in roles], moments, config, runtime.round_block, runtime.mesh, parts)
-    f, rows, told = jax.device_get((f, rows, [(one.losses, one.sound) for one in solved]))
-    seconds = time.perf_counter() - began
-    whole = sum(mine[role]["weight"].shape[1] for role in roles)
-    for role, one, (losses, sound) in zip(roles, solved, told, strict=True):
-        out, inputs = mine[role]["weight"].shape[1:]
-        reports = []
-        for n in range(chunk):
-            name, of = names[role].format(n=first + n), partial(_expert, n)
-            require_sound(name, of(sound))
-            share = seconds * out / (whole * chunk)
-            reports.append(report_of(name, config, (out, inputs), of(losses), of(f), int(rows[n]), share))
-        yield role, one.q.with_bias(mine[role].get("bias")), reports
+    solved, told = _solve([mine[role]["weight"] for role in roles], moments, config, runtime.round_block, runtime.mesh, parts)
+    for i, (role, q) in enumerate(zip(roles, solved, strict=True)):
+        linear = q.with_bias(mine[role].get("bias"))
+        of_chunk = [names[role].format(n=first + n) for n in range(chunk)]
+        yield role, linear, partial(_reports, of_chunk, config, linear.codes.shape[1:], told, i)
+
+
+def _reports(names: Sequence[str], config: QuantConfig, shape: tuple[int, int], told: Told, i: int) -> list[LinearReport]:
+    """The report of each expert, of linear number `i` of those that were solved together."""
+    told = jax.device_get(told)
+    return [report_of(name, config, shape, _expert(n, told), i) for n, name in enumerate(names)]
 
 
 def _expert(n: Any, stacked: Any) -> Any:
@@ -182,16 +182,16 @@ def _expert(n: Any, stacked: Any) -> Any:
 @partial(program, static_argnames=("config", "round_block", "mesh", "parts"))
 def _solve(
     weights: Sequence[Array], moments: Sequence[Moments], config: QuantConfig, round_block: RoundBlock, mesh: Mesh | None, parts: P
-) -> tuple[Factor, Array, list[Solved]]:
-    """The factor of each expert, but for its matrix, the tokens that reached it, and its linears solved."""
+) -> tuple[list[QuantizedLinear], Told]:
+    """The linears of each expert solved, with a leading axis of experts, and what is to be told of them."""
 
-    def one(weights: Sequence[Array], moments: Sequence[Moments]) -> tuple[Factor, Array, list[Solved]]:
+    def one(weights: Sequence[Array], moments: Sequence[Moments]) -> tuple[list[QuantizedLinear], Told]:
         h = total(moments).h
-        f, fitted = factor(h, config), factor(moments[0].h, config) if config.alpha is None else None
         mine = moments if config.alpha != 0 else ()
-        return f._replace(upper=None), h.rows, solve_together(weights, f, h, config, round_block, moments=mine, fitted=fitted)
+        fitted = factor(fitted_to(mine, config).h, config) if mine else None
+        return solve_together(weights, factor(h, config), h, config, round_block, moments=mine, fitted=fitted)
 
-    def here(weights: Sequence[Array], moments: Sequence[Moments]) -> tuple[Factor, Array, list[Solved]]:
+    def here(weights: Sequence[Array], moments: Sequence[Moments]) -> tuple[list[QuantizedLinear], Told]:
         return together(jax.vmap(one)(weights, moments), mesh if parts == PARTS else None)
 
     return split(here, mesh, parts, WHOLE)(weights, moments)

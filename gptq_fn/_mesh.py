@@ -62,10 +62,16 @@ def together(parts: Any, mesh: Mesh | None) -> Any:
 
 def zeros(like: Callable[[], Any], mesh: Mesh | None) -> Any:
     """The zeros that `like` returns, to which each device adds on its own: with a mesh, along a leading axis of devices."""
-    if mesh is None:
-        return like()
-    there = NamedSharding(mesh, PARTS)
-    return jax.tree.map(lambda a: jnp.zeros((mesh.size, *a.shape), a.dtype, device=there), jax.eval_shape(like))
+    leaves, tree = jax.tree.flatten(jax.eval_shape(like))
+    return tree.unflatten(_zeros(tuple((a.shape, a.dtype) for a in leaves), mesh))
+
+
+@partial(program, static_argnames=("kinds", "mesh"))
+def _zeros(kinds: Sequence[tuple[tuple[int, ...], Any]], mesh: Mesh | None) -> list[jax.Array]:
+    def here() -> list[jax.Array]:
+        return [jnp.zeros(shape if mesh is None else (1, *shape), dtype) for shape, dtype in kinds]
+
+    return split(here, mesh, (), PARTS)()
 
 
 def adding(f: Callable[..., tuple[Any, Any]], mesh: Mesh | None, parts_in: tuple[P, ...]) -> Callable[..., tuple[Any, Any]]:

@@ -1,5 +1,7 @@
 """Products of float32 matrices for the solver."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -15,19 +17,31 @@ def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m
     instead of 15.1 with a relative error of 8e-6 instead of 1.5e-6. Three products of TF32 are no substitute: the inverse
     factor of a matrix of 4096 was off by 1.4e-4.
     """
+    return _of_parts(a, b, jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6)
+
+
+def nearly(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    """a b for what samples tell no better than to 1e-5: GPUs make three products of bfloat16 parts for one."""
+    return _of_parts(a, b, jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3)
+
+
+def roughly(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    """a b for sums of squares that are told or compared: GPUs round its factors to bfloat16."""
+    return _of_parts(a, b, jax.lax.DotAlgorithmPreset.BF16_BF16_F32)
+
+
+def _of_parts(a: Float[Array, "n k"], b: Float[Array, "k m"], parts: jax.lax.DotAlgorithmPreset) -> Float[Array, "n m"]:
+    """a b by these parts where both matrices are wide and there are matrix units, else in float32."""
     if min(*a.shape, *b.shape) < _WIDE:
         return _whole(a, b)
-    return jax.lax.platform_dependent(a, b, cuda=_in_parts, default=_whole)
+    in_parts = partial(jax.lax.dot, precision=parts, preferred_element_type=jnp.float32)
+    return jax.lax.platform_dependent(a, b, cuda=in_parts, default=_whole)
 
 
 def _whole(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _in_parts(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
-    return jax.lax.dot(a, b, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6, preferred_element_type=jnp.float32)
-
-
 def energy(e: Float[Array, "rows n"], xx: Float[Array, "n n"]) -> Float[Array, " rows"]:
-    """e xx e^T of each row, as exactly as a device multiplies fastest: about 1e-4 with TF32, which is all that reports tell."""
-    return (jnp.matmul(e, xx, precision=jax.lax.Precision.DEFAULT) * e).sum(-1)
+    """e xx e^T of each row, roughly."""
+    return (roughly(e, xx) * e).sum(-1)

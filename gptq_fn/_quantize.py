@@ -15,13 +15,13 @@ from jaxtyping import Array, Bool, Float
 from gptq_fn._batches import Batch, Samples, embed_batches
 from gptq_fn._config import QuantConfig, preset
 from gptq_fn._experts import quantize_experts
-from gptq_fn._linears import quantize_linears
+from gptq_fn._linears import begin_linears
 from gptq_fn._mesh import PARTS, WHOLE, added, adding, gathered, local, placed, split, zeros
 from gptq_fn._programs import program
 from gptq_fn._quantized import QuantizedLinear, dequantize
 from gptq_fn._report import LinearReport, Report
 from gptq_fn._runtime import Runtime
-from gptq_fn._target import Moments, add, no_rows, shares_of, total
+from gptq_fn._target import Moments, add, no_rows, rows_of, total
 from gptq_fn.model.block import BlockParams, State, advance, enter
 from gptq_fn.model.decoder import Params, head_input
 from gptq_fn.spec import STOP_OF, BlockSpec, ModelSpec, MoeSpec, Stop, Tap
@@ -86,7 +86,7 @@ def quantize_blocks(
 
 def _for_streams(config: QuantConfig, batches: Sequence[Batch]) -> QuantConfig:
     """The configuration for these batches, which may lack the float stream. Raises ValueError where a given alpha needs it."""
-    if all(batch.exact is not None for batch in batches):
+    if any(batch.exact is not None for batch in batches):
         return config
     return config.alone("the batches hold one stream, as embed_batches makes them without beside=True")
 
@@ -135,9 +135,10 @@ def quantize_head(
     def enter(x: Array) -> State:
         return State(x, {"head_in": _head_input(shell, shared, x, runtime.mesh)}, {})
 
-    moments = _pass([enter] * len(streams), streams, batches, {"head_in": {name: plan}}, passing)["head_in"]
-    ((_, head, report),) = _quantize_dense({name: leaf}, moments, {name: plan}, runtime)
-    return _untied(spec), {**top, "head": local(head, runtime.mesh)}, (report,)
+    moments, require_finite = _pass([enter] * len(streams), streams, batches, {"head_in": {name: plan}}, passing)
+    require_finite()
+    ((_, head, tell),) = _quantize_dense({name: leaf}, moments["head_in"], {name: plan}, runtime)
+    return _untied(spec), {**top, "head": local(head, runtime.mesh)}, (tell(),)
 
 
 def _untied(spec: ModelSpec) -> ModelSpec:
@@ -172,31 +173,38 @@ def quantize_block(
     Where `sequential`, the linears at a tap are solved before the next tap is computed; else all taps are computed from
     the float block. `names` maps roles to the names that reports use, with "{n}" for the number of an expert. Where batches
     have a float stream, the float block takes it along from stop to stop.
+
+    What devices find is read when all that they have to do is under way, so that they never wait for the host: errors are raised
+    then, unless the runtime observes, which waits for each Hessian.
     """
     runtime, streams = runtime or Runtime(), _streams(batches)
     dtype = runtime.store.get(batches[0].x).dtype
-    running, result, reports = dict(placed(p, runtime.mesh, WHOLE)), dict(p), []
+    running, result, told = dict(placed(p, runtime.mesh, WHOLE)), dict(p), list[Callable[[], tuple[LinearReport, ...]]]()
     models = [running, dict(running)][: len(streams)]
     steps = [partial(_enter, spec, model, mesh=runtime.mesh) for model in models]
-    moments = _pass(steps, streams, batches, _linears_at(spec, 0, plan, names), runtime)
+    moments, require_finite = _pass(steps, streams, batches, _linears_at(spec, 0, plan, names), runtime)
     for at, stop in enumerate(spec.stops):
         solved = {}
+        told.append(require_finite)
+        if runtime.observe:
+            require_finite()
         for tap, roles in spec.stages:
             mine = {role: plan[role] for role in roles if role in plan}
             if STOP_OF[tap] == stop and mine:
-                for role, q, found in _quantize_tap(spec, models, tap, streams, moments, batches, mine, names, runtime):
+                for role, q, tell in _quantize_tap(spec, models, tap, streams, moments, batches, mine, names, runtime):
                     solved[role] = q
-                    reports.extend(found)
+                    told.append(tell)
         result.update({role: local(q.with_bias(None), runtime.mesh).with_bias(p[role].get("bias")) for role, q in solved.items()})
         if sequential:
             running.update({role: _dequantized(q, dtype) for role, q in solved.items()})
         steps = [_onward(spec, model, stop, runtime.mesh) for model in models]
-        moments = _pass(steps, streams, batches, _linears_at(spec, at + 1, plan, names), runtime)
+        moments, require_finite = _pass(steps, streams, batches, _linears_at(spec, at + 1, plan, names), runtime)
+    reports = tuple(report for tell in told for report in tell())
     after = _with(batches, streams)
     if not sequential:
         passed = run_block(spec, result, batches, runtime=runtime)
         after = [batch._replace(x=quantized.x) for batch, quantized in zip(after, passed, strict=True)]
-    return result, tuple(reports), after
+    return result, reports, after
 
 
 def run_block(
@@ -225,14 +233,14 @@ def run_block(
 
 
 def _streams(batches: Sequence[Batch]) -> list[list[Any]]:
-    """What waits in the quantized stream and, where there is one, in the float stream."""
+    """What waits in the quantized stream and, where there is one, in the float stream, in which None waits for samples that go alone."""
     streams = [[batch.x for batch in batches], [batch.exact for batch in batches]]
-    return [stream for stream in streams if all(waiting is not None for waiting in stream)]
+    return [stream for stream in streams if any(waiting is not None for waiting in stream)]
 
 
 def _with(batches: Sequence[Batch], streams: Sequence[Sequence[Any]]) -> list[Batch]:
     """The batches with what waits in these streams."""
-    return [Batch(x, batch.keep, batch.samples, *exact) for batch, x, *exact in zip(batches, *streams, strict=True)]
+    return [Batch(x, batch.keep, batch.samples, batch.share, *exact) for batch, x, *exact in zip(batches, *streams, strict=True)]
 
 
 def _onward(spec: BlockSpec, p: BlockParams, stop: Stop, mesh: Mesh | None) -> Callable[[State], Any]:
@@ -257,30 +265,36 @@ def _pass(
     batches: Sequence[Batch],
     taps: Mapping[Any, Mapping[str, QuantConfig]],
     runtime: Runtime,
-) -> dict[Any, tuple[Moments, ...]]:
+) -> tuple[dict[Any, tuple[Moments, ...]], Callable[[], tuple[()]]]:
     """Put in the place of all that waits in each stream what its step makes of it; the moments of what then enters each of `taps`.
 
-    `taps` tell the linears that read each. Raises ValueError naming the first sample that is not finite.
+    `taps` tell the linears that read each. What is returned beside raises ValueError naming the first sample that is not finite.
     """
     found: dict[Any, list[Moments]] = {}
-    finite: dict[Any, list[tuple[Batch, Array]]] = {tap: [] for tap in taps}
+    finite: dict[Any, list[tuple[Sequence[int], Array]]] = {tap: [] for tap in taps}
     for i, batch in enumerate(batches):
-        states = [step(runtime.store.get(stream[i])) for step, stream in zip(steps, streams, strict=True)]
+        waiting = [(step, stream) for step, stream in zip(steps, streams, strict=True) if stream[i] is not None]
+        states = [step(runtime.store.get(stream[i])) for step, stream in waiting]
         for tap, readers in taps.items():
             xs = tuple(state.taps[tap] for state in states)
             if tap not in found:
                 found[tap] = list(zeros(partial(no_rows, xs[0].shape[-1], readers.values()), runtime.mesh))
-            for share, keep in shares_of(batch.keep, batch.samples, len(found[tap]), runtime.mesh):
+            for share, keep in rows_of(batch.keep, batch.share, len(found[tap]), runtime.mesh):
                 found[tap][share], fine = _add(found[tap][share], xs, keep, runtime.mesh)
-                finite[tap].append((batch, fine))
-        for stream, state in zip(streams, states, strict=True):
+                finite[tap].append((batch.samples, fine))
+        for (_, stream), state in zip(waiting, states, strict=True):
             stream[i] = runtime.store.put(state)
             if i >= AHEAD:
                 jax.block_until_ready(stream[i - AHEAD])  # else what waits elsewhere would all be fetched at once
-    for tap, readers in taps.items():
-        told, fine = zip(*finite[tap], strict=True)
-        _require_finite(next(iter(readers)), told, jax.device_get(gathered(fine, runtime.mesh)))
-    return {tap: tuple(added(m, runtime.mesh) for m in moments) for tap, moments in found.items()}
+    flags = {tap: gathered([fine for _, fine in finite[tap]], runtime.mesh) for tap in taps}
+
+    def require_finite() -> tuple[()]:
+        for tap, readers in taps.items():
+            samples = [numbers for numbers, _ in finite[tap]]
+            _require_finite(next(iter(readers)), samples, jax.device_get(flags[tap]))
+        return ()
+
+    return {tap: tuple(added(m, runtime.mesh) for m in moments) for tap, moments in found.items()}, require_finite
 
 
 def _quantize_tap(
@@ -293,26 +307,30 @@ def _quantize_tap(
     plan: Mapping[str, QuantConfig],
     names: Mapping[str, str],
     runtime: Runtime,
-) -> Iterator[tuple[str, QuantizedLinear, tuple[LinearReport, ...]]]:
-    """The roles of `plan`, which read `tap`, quantized, with their reports."""
+) -> Iterator[tuple[str, QuantizedLinear, Callable[[], tuple[LinearReport, ...]]]]:
+    """The roles of `plan`, which read `tap`, quantized, with what gives their reports."""
     if tap in EXPERT_TAPS:
         assert isinstance(spec.ffn, MoeSpec)
         yield from quantize_experts(spec.ffn, models, tap, streams, batches, plan, names, runtime)
         return
     role_of = {names[role]: role for role in plan}
     linears, mine = {n: models[0][r] for n, r in role_of.items()}, {n: plan[r] for n, r in role_of.items()}
-    for name, q, report in _quantize_dense(linears, moments[tap], mine, runtime):
-        yield role_of[name], q, (report,)
+    for name, q, tell in _quantize_dense(linears, moments[tap], mine, runtime):
+        yield role_of[name], q, partial(_alone, tell)
+
+
+def _alone(tell: Callable[[], LinearReport]) -> tuple[LinearReport, ...]:
+    return (tell(),)
 
 
 def _quantize_dense(
     linears: Mapping[str, Any], moments: Sequence[Moments], plan: Mapping[str, QuantConfig], runtime: Runtime
-) -> Iterator[tuple[str, QuantizedLinear, LinearReport]]:
-    """Linears that read one input, of these moments, quantized, with their reports."""
+) -> Iterator[tuple[str, QuantizedLinear, Callable[[], LinearReport]]]:
+    """Linears that read one input, of these moments, quantized, with what gives their reports."""
     h = total(moments).h
     if runtime.observe:
         runtime.observe(tuple(linears), h)
-    yield from quantize_linears(linears, h, plan, moments=moments, runtime=runtime)
+    yield from begin_linears(linears, h, plan, moments=moments, runtime=runtime)
 
 
 def _dequantized(q: QuantizedLinear, dtype: jnp.dtype) -> dict[str, Array]:
@@ -347,9 +365,9 @@ def _add(
     return adding(one, mesh, (PARTS, PARTS))(m, xs, keep)
 
 
-def _require_finite(name: str, batches: Sequence[Batch], finite: Sequence[np.ndarray]) -> None:
-    """Raise ValueError naming the first sample that makes the input of the linear `name` infinite or NaN."""
-    bad = [n for batch, fine in zip(batches, finite, strict=True) for n, ok in zip(batch.samples, fine, strict=False) if not ok]
+def _require_finite(name: str, samples: Sequence[Sequence[int]], finite: Sequence[np.ndarray]) -> None:
+    """Raise ValueError naming the first of the samples of each batch that makes the input of the linear `name` infinite or NaN."""
+    bad = [n for numbers, fine in zip(samples, finite, strict=True) for n, ok in zip(numbers, fine, strict=False) if not ok]
     if bad:
         raise ValueError(
             f"{name}: calibration sample {min(bad)} makes its input infinite or NaN. "

@@ -29,17 +29,16 @@ class LinearReport:
     """||W X||^2 over the calibration inputs."""
     damp: float
     """The damping that the factorization needed, relative to the Hessian's mean diagonal."""
-    seconds: float
-    """Time of its factorization and solution, shared among the linears of one stage by their rows."""
     rounded: bool = False
     """Whether it was rounded to nearest, because fewer tokens than the configuration's min_rows reached it."""
     alpha: float = 0.0
     """How much of what rounding before it changed in its inputs the target makes good."""
     restored: float = 0.0
-    """By how much the target W' lowers ||W X_float - W' X||^2, relative to ||W X||^2; X_float are the float model's inputs."""
+    """By how much the target W' lowers ||W X_float - W' X||^2 for each of the tokens that it was fitted to, relative to ||W X||^2 for
+    each token; X_float are the float model's inputs."""
     restored_held_out: float | None = None
-    """The same on samples that were held out, with W' fitted to the others; far less than `restored` where they are too few to
-    learn from. None where alpha was given."""
+    """The same on samples that were held out; far less than `restored` where the others are too few to learn from. None where
+    alpha was given."""
 
     @property
     def loss(self) -> float:
@@ -83,9 +82,9 @@ class Report:
 
     def table(self, linears: Iterable[LinearReport] | None = None) -> str:
         """A text table of these linears; of all of them by default."""
-        head = ("linear", "bits", "error", "rounding", "damp", "dead", "rows", "seconds")
+        head = ("linear", "bits", "error", "rounding", "damp", "dead", "rows")
         body = [
-            (x.name, str(x.bits), f"{x.error:.4f}", f"{x.rtn_error:.4f}", f"{x.damp:.3g}", str(x.dead), str(x.rows), f"{x.seconds:.2f}")
+            (x.name, str(x.bits), f"{x.error:.4f}", f"{x.rtn_error:.4f}", f"{x.damp:.3g}", str(x.dead), str(x.rows))
             for x in (self.linears if linears is None else linears)
         ]
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]

@@ -28,7 +28,7 @@ ON_DEVICE = Store(_as_it_is, _as_it_is)
 
 
 def _moved(kind: str, arrays: Any) -> Any:
-    return jax.tree.map(lambda a: jax.device_put(a, a.sharding.with_memory_kind(kind)), arrays)
+    return jax.device_put(arrays, jax.tree.map(lambda a: a.sharding.with_memory_kind(kind), arrays))
 
 
 def _to_host(arrays: Any) -> Any:

@@ -77,8 +77,6 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     reports = [json.loads(mine.pop("report.json")) for mine in files]
     assert files[0] == files[1]
-    for report in reports:
-        assert [linear.pop("seconds") > 0 for linear in report["linears"]] == [True, True]
     assert [report["run"].pop("seconds") > 0 for report in reports] == [True, True]
     assert reports[0] == reports[1]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

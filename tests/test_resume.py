@@ -21,7 +21,7 @@ from gptq_fn_interop import tensor_files
 from gptq_fn_interop.activations import on_disk
 from gptq_fn_interop.cli import main
 from gptq_fn_interop.compile_cache import keep_programs
-from gptq_fn_interop.gptq_format import _words_on_device, _words_on_host
+from gptq_fn_interop.gptq_format import tensors_on_device, to_tensors
 from gptq_fn_interop.overlap import ahead, behind
 from gptq_fn_interop.runtime import default_runtime
 from gptq_fn_interop.shards import assemble, write_parts
@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from tiny import save_tiny_llama
 
-from gptq_fn import QuantConfig, Rule, Runtime
+from gptq_fn import QuantConfig, QuantizedLinear, Rule, Runtime
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (6, 24)).astype(np.int32)
 CONFIG = QuantConfig(4, 32, sym=False, grid="minmax", order="natural")
@@ -376,11 +376,14 @@ def test_parts_become_shards_or_one_file(tmp_path, limit):
 @pytest.mark.parametrize("experts", [(), (3,)])
 def test_a_device_packs_what_the_host_packs(bits, experts):
     rng = np.random.default_rng(bits)
-    codes, zero = (rng.integers(1, 2**bits, (*experts, 32, n)).astype(np.uint8) for n in (96, 6))
+    codes, zero = (jnp.asarray(rng.integers(1, 2**bits, (*experts, 32, n)), jnp.uint8) for n in (96, 6))
+    q = QuantizedLinear(codes, zero.astype(jnp.float16), zero, jnp.broadcast_to(jnp.arange(96) // 16, (*experts, 96)), bits)
     for zeros in ("v1", "v2"):
-        for here, there in zip(_words_on_host(codes, zero, bits, zeros), _words_on_device(codes, zero, bits, zeros), strict=True):
-            assert here.dtype == there.dtype == np.int32
-            np.testing.assert_array_equal(here, there)
+        here, there = to_tensors(q, zeros), tensors_on_device({"a": q}, zeros)["a"]
+        assert list(here) == list(there)
+        for key, tensor in here.items():
+            assert tensor.dtype == there[key].dtype
+            np.testing.assert_array_equal(tensor, there[key])
 
 
 def test_programs_are_kept_where_the_user_keeps_caches(tmp_path, monkeypatch):

@@ -141,17 +141,24 @@ def to_tensors(q: QuantizedLinear, zeros: Zeros) -> dict[str, np.ndarray]:
     """
     if zeros == "v1" and not bool(q.zero.all()):
         raise ValueError("A zero point of 0 cannot be stored in a version 1 checkpoint; write gptq_v2.")
-    return {key: np.ascontiguousarray(array) for key, array in words(q, zeros).items()}
+    return {key: np.ascontiguousarray(array) for key, array in words({"": q}, zeros)[""].items()}
 
 
-def words(q: QuantizedLinear, zeros: Zeros) -> dict[str, Any]:
-    """`to_tensors` without the look at zero points, where the codes are: on an accelerator its arrays are not waited for."""
-    if reason := unpackable((q.codes.shape[-2], q.codes.shape[-1]), q.bits):
-        raise ValueError(reason)
-    qweight, qzeros = (_words_on_host if on_host(q) else _words_on_device)(q.codes, q.zero, q.bits, zeros)
-    xp = np if on_host(q) else jnp
-    tensors = {"qweight": qweight, "qzeros": qzeros, "scales": xp.swapaxes(q.scale, -1, -2), "g_idx": xp.asarray(q.group_of, np.int32)}
-    return tensors if q.bias is None else {**tensors, "bias": xp.asarray(q.bias)}
+def words(linears: Mapping[str, QuantizedLinear], zeros: Zeros) -> dict[str, dict[str, Any]]:
+    """`to_tensors` of each linear without the look at zero points, where the codes are: an accelerator runs one program for all of
+    them, and is not waited for."""
+    for q in linears.values():
+        if reason := unpackable((q.codes.shape[-2], q.codes.shape[-1]), q.bits):
+            raise ValueError(reason)
+    on_device = {name: q for name, q in linears.items() if not on_host(q)}
+    there = tensors_on_device(on_device, zeros) if on_device else {}
+    return {name: there[name] if name in there else _tensors(q, _words_on_host(q, zeros), np) for name, q in linears.items()}
+
+
+def tensors_on_device(linears: Mapping[str, QuantizedLinear], zeros: Zeros) -> dict[str, dict[str, jax.Array]]:
+    """The tensors of linears whose codes lie on a device, where one program computes them."""
+    found = _tensors_on_device(linears, zeros)
+    return {name: {key: found[name][key] for key in TENSORS if key in found[name]} for name in linears}  # which JAX sorts
 
 
 def on_host(q: QuantizedLinear) -> bool:
@@ -159,19 +166,28 @@ def on_host(q: QuantizedLinear) -> bool:
     return all(device.platform == "cpu" for device in jnp.asarray(q.codes).devices())
 
 
-def _words_on_host(codes: Any, zero: Any, bits: int, zeros: Zeros) -> tuple[np.ndarray, np.ndarray]:
-    codes, zero = np.asarray(codes), np.asarray(zero)
+def _tensors(q: QuantizedLinear, words: tuple[Any, Any], xp: Any) -> dict[str, Any]:
+    """The tensors with these qweight and qzeros, in the arrays of `xp`: NumPy or jax.numpy."""
+    qweight, qzeros = words
+    tensors = {"qweight": qweight, "qzeros": qzeros, "scales": xp.swapaxes(q.scale, -1, -2), "g_idx": xp.asarray(q.group_of, np.int32)}
+    return tensors if q.bias is None else {**tensors, "bias": xp.asarray(q.bias)}
+
+
+def _words_on_host(q: QuantizedLinear, zeros: Zeros) -> tuple[np.ndarray, np.ndarray]:
+    codes, zero = np.asarray(q.codes), np.asarray(q.zero)
     if codes.ndim == 2:
-        return _words(codes, zero, bits, zeros, np)
-    of_experts = [_words(c, z, bits, zeros, np) for c, z in zip(codes, zero, strict=True)]
+        return _words(codes, zero, q.bits, zeros, np)
+    of_experts = [_words(c, z, q.bits, zeros, np) for c, z in zip(codes, zero, strict=True)]
     return np.stack([qweight for qweight, _ in of_experts]), np.stack([qzeros for _, qzeros in of_experts])
 
 
-@partial(jax.jit, static_argnames=("bits", "zeros"))
-def _words_on_device(codes: jax.Array, zero: jax.Array, bits: int, zeros: Zeros) -> tuple[jax.Array, jax.Array]:
-    if codes.ndim == 2:
-        return _words(codes, zero, bits, zeros, jnp)
-    return jax.vmap(lambda c, z: _words(c, z, bits, zeros, jnp))(codes, zero)
+@partial(jax.jit, static_argnames="zeros")
+def _tensors_on_device(linears: Mapping[str, QuantizedLinear], zeros: Zeros) -> dict[str, dict[str, jax.Array]]:
+    def one(q: QuantizedLinear) -> tuple[jax.Array, jax.Array]:
+        of_one = lambda codes, zero: _words(codes, zero, q.bits, zeros, jnp)  # noqa: E731
+        return (of_one if q.codes.ndim == 2 else jax.vmap(of_one))(q.codes, q.zero)
+
+    return {name: _tensors(q, one(q), jnp) for name, q in linears.items()}
 
 
 def _words(codes: Any, zero: Any, bits: int, zeros: Zeros, xp: Any) -> tuple[Any, Any]:

@@ -100,8 +100,8 @@ def under_way(p: Mapping[str, Any], zeros: Zeros) -> dict[str, Any]:
     Whoever writes then does not wait until the device comes to it between two pieces of that work, and finds arrays that the
     device wrote to the host's memory itself: fetching others holds Python's lock, so that no thread gives a device work meanwhile.
     """
-    away = {role for role, leaf in p.items() if isinstance(leaf, QuantizedLinear) and not on_host(leaf)}
-    return {role: ON_HOST.put(words(leaf, zeros)) if role in away else leaf for role, leaf in p.items()}
+    away = {role: leaf for role, leaf in p.items() if isinstance(leaf, QuantizedLinear) and not on_host(leaf)}
+    return {**p, **ON_HOST.put(words(away, zeros))}
 
 
 def dense_shapes(
