@@ -1,10 +1,13 @@
 """Strict JAX, shapes checked by beartype, and skipping of what the machine cannot run."""
 
 import os
+from importlib.metadata import version
 
 # Test programs are small and many: LLVM's optimizations, and XLA's newer way to write fused loops for CPUs, would cost more time
-# than they save. Set before JAX starts.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# than they save. Set before JAX starts, which ends a process that sets a flag it does not know: jaxlib 0.11 has the newer way only.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * (version("jaxlib") < "0.11")
+)
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # the command keeps programs; tests leave the user's cache alone
 
 import importlib.util
