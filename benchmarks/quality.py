@@ -1,16 +1,17 @@
 """How far quantized models stray from their float original on text that they were not calibrated on, at several settings.
 
-    python benchmarks/quality.py MODEL --configs bits=4 bits=3,group_size=64 "covering: bits=3,group_size=64,grid=minmax"
+    python benchmarks/quality.py MODEL --configs bits=4 preset=best,bits=3 "covering: bits=3,group_size=64,grid=minmax"
     python benchmarks/quality.py MODEL --configs bits=4 --also DIRECTORY_THAT_ANOTHER_TOOL_QUANTIZED
     python benchmarks/quality.py MODEL --configs bits=4 --calib calib.npy --texts prose=held_out.npy
 
 Claim to check: of two settings of the same size, one strays less, on text like the calibration and on text unlike it.
 
-MODEL is a directory or a name on the hub. A setting names fields of QuantConfig, with "+" between the items of a tuple, and may
-have a name. Each is quantized in memory from several disjoint draws of calibration samples. Printed are KL(float || quantized) in
-nats a token, perplexity, and how often both models find the same token likeliest: means over draws, and as "+-" the standard
-error over sequences. The second table has the KL relative to that of the first row; its errors are those of paired differences,
-which are much surer than either row. Seconds are those of the fastest draw: from two draws on, no compiling counts.
+MODEL is a directory or a name on the hub. A setting names fields of QuantConfig, and may begin with a preset, with "+" between the
+items of a tuple, and may have a name. Each is quantized in memory from several disjoint draws of calibration samples. Printed are
+KL(float || quantized) in nats a token, perplexity, and how often both models find the same token likeliest: means over draws, and
+as "+-" the standard error over sequences. The second table has the KL relative to that of the first row; its errors are those of
+paired differences, which are much surer than either row. Seconds are those of the fastest draw: from two draws on, no compiling
+counts.
 
 A text is "pydoc" (CPython's own documentation, half of it to calibrate on), "licences" (NumPy's: legal prose), "code" (modules of
 CPython's library), a text file, a dataset on the hub, or token ids [rows, length] in a .npy file. Of a file that is calibrated on,
@@ -44,7 +45,7 @@ from gptq_fn_interop.stream import compute_dtype, load_gptq
 from jaxtyping import Array, Float, Int
 from threadpoolctl import threadpool_limits
 
-from gptq_fn import ModelSpec, QuantConfig, QuantizedLinear, Runtime, dequantize, quantize
+from gptq_fn import ModelSpec, QuantConfig, QuantizedLinear, Runtime, dequantize, preset, quantize
 from gptq_fn.model.decoder import run_block, run_embed, unembed
 
 RUN = 32
@@ -81,15 +82,18 @@ class Row:
 def setting(text: str) -> tuple[str, QuantConfig]:
     """A name and a configuration, of "field=value,..." or "name: field=value,...". Raises ValueError."""
     name, colon, fields = text.partition(":")
-    hints, changes = get_type_hints(QuantConfig), {}
+    hints, changes, base = get_type_hints(QuantConfig), {}, "fast"
     for pair in (fields if colon else text).split(","):
         key, equals, value = (part.strip() for part in pair.partition("="))
+        if key == "preset":
+            base = value
+            continue
         if not equals or key not in hints or key == "rules":
-            names = ", ".join(key for key in hints if key != "rules")
+            names = ", ".join(["preset", *(key for key in hints if key != "rules")])
             raise ValueError(f"The setting {text!r} has {pair.strip()!r}; it reads field=value,... with fields of {names}.")
         several = get_origin(hints[key]) is tuple
         changes[key] = tuple(value_of(item) for item in value.split("+") if item) if several else value_of(value)
-    return name.strip(), QuantConfig(**changes)
+    return name.strip(), preset(base, **changes)  # pyright: ignore[reportArgumentType] - it refuses other names
 
 
 # texts

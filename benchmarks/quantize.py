@@ -33,7 +33,7 @@ from gptq_fn_interop.runtime import default_runtime
 from gptq_fn_interop.stream import quantize_checkpoint
 from safetensors.numpy import save_file
 
-from gptq_fn import ON_DEVICE, ON_HOST, QuantConfig, data_mesh
+from gptq_fn import ON_DEVICE, ON_HOST, PRESETS, data_mesh, preset
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -248,7 +248,7 @@ def run(source: Path, destination: Path, calib: np.ndarray, args: argparse.Names
     stores = {"device": ON_DEVICE, "host": ON_HOST, "disk": on_disk(destination.with_name("activations"))}
     mesh = data_mesh(jax.devices()[: args.devices]) if args.devices > 1 else None
     runtime = replace(default_runtime(), store=stores[args.activations], mesh=mesh)
-    report = quantize_checkpoint(source, destination, calib, QuantConfig(), progress=watch, runtime=runtime)
+    report = quantize_checkpoint(source, destination, calib, preset(args.preset), progress=watch, runtime=runtime)
     seconds, error = time.perf_counter() - began, np.mean([x.error for x in report.linears])
     print(f"{len(watch.done)} blocks, disk to disk: {seconds:.1f} s; {peaks()}; mean relative error {error:.4f}", flush=True)
     return watch
@@ -263,6 +263,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--traced", type=int, default=3, help="blocks of the first run; all but the first of them are traced")
     parser.add_argument("--activations", choices=["device", "host", "disk"], default="device")
+    parser.add_argument("--preset", choices=PRESETS, default="fast", help="plain GPTQ by default")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where there is room for two checkpoints")
     parser.add_argument("--peer", action="store_true", help="also time one block by the procedure of the GPTQ authors' code")
