@@ -57,16 +57,7 @@ def run_tasks(
     `chat` puts the model's chat template around questions; `folder` has further tasks, as YAML. Raises ValueError, in a
     sentence, for tasks that lm-eval does not know and for data that cannot be loaded.
     """
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise ValueError(f"lm-eval {lm_eval.__version__} has no task {', '.join(map(repr, unknown))}; `lm-eval ls tasks` lists them.")
-    random.seed(SEED)  # some tasks shuffle answers when they are loaded: the same way for each model
-    np.random.seed(SEED)  # noqa: NPY002
-    try:
-        loaded: Any = manager.load(sorted(manager.match_tasks(list(tasks))))
-    except Exception as error:  # of many kinds: of datasets, its HTTP client and the code of tasks
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{', '.join(tasks)} cannot be loaded: {reason}") from error
+    loaded = _loaded(tasks, folder)
     for task in loaded["tasks"].values():
         usual = task.get_config("num_fewshot")
         if usual is None or (shots is not None and usual != 0):  # 0 means that the task wants none
@@ -74,6 +65,26 @@ def run_tasks(
         task.set_fewshot_seed(seed=SEED)
     found: Any = evaluate(model, loaded, limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat)
     return list(measures(found))
+
+
+def _loaded(tasks: Sequence[str], folder: Path | None) -> Any:
+    """The tasks with their data. Where the folder has them all, lm-eval's own, which are thousands of files, are not looked at."""
+    random.seed(SEED)  # some tasks shuffle answers when they are loaded: the same way for each model
+    np.random.seed(SEED)  # noqa: NPY002
+    manager = None if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    if manager is None or _unknown(tasks, manager) or manager.all_groups:  # a group may name tasks of lm-eval's
+        manager = TaskManager(include_path=None if folder is None else str(folder))
+    if unknown := _unknown(tasks, manager):
+        raise ValueError(f"lm-eval {lm_eval.__version__} has no task {', '.join(map(repr, unknown))}; `lm-eval ls tasks` lists them.")
+    try:
+        return manager.load(sorted(manager.match_tasks(list(tasks))))
+    except Exception as error:  # of many kinds: of datasets, its HTTP client and the code of tasks
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{', '.join(tasks)} cannot be loaded: {reason}") from error
+
+
+def _unknown(tasks: Sequence[str], manager: TaskManager) -> list[str]:
+    return [task for task in tasks if not manager.match_tasks([task])]
 
 
 def measures(found: Mapping[str, Any]) -> Iterator[Measure]:
