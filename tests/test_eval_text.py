@@ -73,7 +73,7 @@ def documented(model: Any, ids: torch.Tensor, max_length: int, stride: int, shif
 def test_strided_windows_give_what_transformers_documents(directory: Path, file: Path) -> None:
     ids = text_tokens(str(file), directory, 300)
     model = torch_model(directory)
-    for length, stride in ((32, 16), (40, 7), (32, 32), (512, 256)):
+    for length, stride in ((32, 12), (32, 32)):
         found = evaluate(load_gptq(directory), strided(ids, length, stride))
         batch = torch.tensor(np.asarray(ids)[None], dtype=torch.long)
         assert found.perplexity == pytest.approx(documented(model, batch, length, stride, 0), rel=1e-5)
