@@ -40,27 +40,26 @@ def programs(page: Path) -> str:
     return "\n".join(lines)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What documents call path/to/model, path/to/quantized and path/to/old: a small llama, float and quantized, by AutoGPTQ's name, too."""
-    paths = tmp_path_factory.mktemp("documents") / "path/to"
+OWN_TESTS = ("docs/own_architecture.md",)
+"""Pages with a test of their own."""
+
+
+def test_the_python_of_pages_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test, since pages share what they compile. They find a small llama in path/to/model, quantized in path/to/quantized, and
+    by the name of AutoGPTQ's files in path/to/old."""
+    paths = tmp_path / "models/path/to"
     model = save_tiny_llama(paths / "model")
     calib = interop.tokens("pydoc", model, samples=8, length=64)
     interop.quantize_checkpoint(model, paths / "quantized", calib, QuantConfig())
     shutil.copytree(paths / "quantized", paths / "old")
     (paths / "old/model.safetensors").rename(paths / "old/gptq_model-4bit-128g.safetensors")
-    return paths.parent.parent
-
-
-OWN_TESTS = ("docs/own_architecture.md",)
-"""Pages with a test of their own."""
-
-
-@pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for p in PAGES if programs(p) and str(p.relative_to(ROOT)) not in OWN_TESTS])
-def test_the_python_of_a_page_runs(page: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(programs(ROOT / page), page, "exec"), {})
+    for page in PAGES:
+        name = str(page.relative_to(ROOT))
+        if programs(page) and name not in OWN_TESTS:
+            here = tmp_path / name
+            shutil.copytree(tmp_path / "models", here)
+            monkeypatch.chdir(here)
+            exec(compile(programs(page), name, "exec"), {})  # a traceback tells page and line
 
 
 def test_what_is_not_run_is_there() -> None:
