@@ -221,6 +221,19 @@ def test_the_command_chooses_refuses_and_tells(tmp_path, capsys):
     assert "sglang does not load" in fails("inspect", str(out), "--for", "sglang")
 
 
+def test_negative_scales_are_told_where_an_engine_may_misread_them(tmp_path, capsys):
+    source = save_tiny_llama(tmp_path / "in", num_hidden_layers=1)
+    for sign, grid in (("negative", "mse"), ("positive", "minmax")):  # a grid that only covers the range has no search to choose a sign
+        main(["quantize", str(source), str(tmp_path / sign), *SMALL[:4], "--grid", grid, "--negative-scales", "True", "--for", "vllm"])
+        told = " ".join(capsys.readouterr().out.split())
+        assert ("7 linears have negative scales, which vLLM multiplies wrongly where VLLM_MARLIN_INPUT_DTYPE=int8" in told) == (
+            sign == "negative"
+        )
+        assert {x.negative for x in inspect(tmp_path / sign).linears} == {sign == "negative"}
+    main(["inspect", str(tmp_path / "negative")])
+    assert "VLLM_MARLIN_INPUT_DTYPE" in capsys.readouterr().out.replace("\n", "")
+
+
 PEER = {
     "4 bits": QuantConfig(4, 32),
     "4 bits, asymmetric": QuantConfig(4, 32, sym=False),

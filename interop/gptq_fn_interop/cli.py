@@ -26,7 +26,7 @@ def inspect(model: Positional[str], engine: Annotated[Engine | None, arg(name="f
         engine: Tell of this engine alone, with every reason, and exit with status 1 if it does not load the checkpoint.
     """
     from gptq_fn_interop import inspection
-    from gptq_fn_interop.engines import ENGINES, refusals
+    from gptq_fn_interop.engines import ENGINES, caution, refusals
     from gptq_fn_interop.hub import local
 
     found = inspection.inspect(local(model))
@@ -37,11 +37,11 @@ def inspect(model: Positional[str], engine: Annotated[Engine | None, arg(name="f
     size = sum(x.bytes for x in found.linears)
     out.print(f"{size / 1e6:.1f} MB quantized, {found.other_bytes / 1e6:.1f} MB of other tensors", highlight=False)
     out.print(f"zero points: {', '.join(sorted({x.zeros for x in found.linears}))}", highlight=False)
-    table = Table("engine", "loads it", "why not")
+    table = Table("engine", "loads it", "why not, or what to know")
     for name in ENGINES:
         reasons = refusals(name, found)
         more = f"; and {len(reasons) - 1} more, told by --for {name}" if len(reasons) > 1 else ""
-        table.add_row(name, "no" if reasons else "yes", f"{reasons[0]}{more}" if reasons else "")
+        table.add_row(name, "no" if reasons else "yes", f"{reasons[0]}{more}" if reasons else caution(name, found) or "")
     out.print(table)
 
 

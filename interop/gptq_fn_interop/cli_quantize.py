@@ -182,7 +182,7 @@ def _fitting(engine: str, directory: Path, config_of: Callable[[int | None], Qua
 
 def say(engine: str, found: Any, name: str) -> None:
     """Tell whether the engine loads an inspected checkpoint: every reason and exit status 1 if it does not."""
-    from gptq_fn_interop.engines import refusals
+    from gptq_fn_interop.engines import caution, refusals
 
     if reasons := refusals(engine, found):
         out.print(f"{engine} does not load {name}:", highlight=False)
@@ -190,6 +190,8 @@ def say(engine: str, found: Any, name: str) -> None:
             out.print(f"- {reason}", highlight=False, markup=False)
         sys.exit(1)
     out.print(f"{engine} loads {name}, as far as the quantization is concerned.", highlight=False)
+    if note := caution(engine, found):
+        out.print(f"Note: {note}", highlight=False)
 
 
 def _called(source: str) -> str:

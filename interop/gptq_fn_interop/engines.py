@@ -42,6 +42,16 @@ def refusals(engine: str, found: Inspection) -> tuple[Refusal, ...]:
     return tuple(Refusal(reason, tuple(names)) for reason, names in concerned.items())
 
 
+def caution(engine: str, found: Inspection) -> str | None:
+    """What to know before this engine runs a checkpoint that it loads; docs/negative_scales.md has the sources."""
+    if engine == "vllm" and (count := sum(x.negative for x in found.linears)):
+        return (
+            f"{count} linears have negative scales, which vLLM multiplies wrongly where VLLM_MARLIN_INPUT_DTYPE=int8 is set: "
+            "leave it unset, or quantize with --negative-scales False."
+        )
+    return None
+
+
 def config_for(
     engine: str, checkpoint: Checkpoint, spec: ModelSpec, config_of: Callable[[int | None], QuantConfig], sizes: Sequence[int | None]
 ) -> QuantConfig:

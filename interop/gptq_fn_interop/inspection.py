@@ -45,6 +45,8 @@ class LinearInfo:
     zeros: Zeros
     zero_at_0: bool = False
     """Some zero point is 0, which readers of files that store it less one get from a field that wrapped around."""
+    negative: bool = False
+    """Some scale is negative."""
 
     @property
     def bytes(self) -> int:
@@ -127,7 +129,8 @@ def _linear(checkpoint: Checkpoint, name: str, described: dict[str, Any]) -> Lin
     points = zero_points(qzeros, bits, out, zeros)
     sym, at_0 = bool((points == 2 ** (bits - 1)).all()), bool((points == 0).any())
     size = -1 if groups == 1 else size
-    return LinearInfo(name, bits, inputs, out, groups, size, sym, irregular, "g_idx" in mine, dtypes["scales"], zeros, at_0)
+    negative = bool((checkpoint[mine["scales"]] < 0).any())
+    return LinearInfo(name, bits, inputs, out, groups, size, sym, irregular, "g_idx" in mine, dtypes["scales"], zeros, at_0, negative)
 
 
 ROUTERS = ("gate", "router", "shared_expert_gate", "wg")
