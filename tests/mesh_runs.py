@@ -20,7 +20,7 @@ from test_experts import model as experts_model
 from test_experts import random_params as experts_params
 from test_quantize import PARALLEL, WIDTH, model, random_params
 
-from gptq_fn import ON_HOST, QuantConfig, Quantized, QuantizedLinear, Rule, Runtime, data_mesh, embed_batches, quantize
+from gptq_fn import ON_HOST, QuantConfig, Quantized, QuantizedLinear, Rule, Runtime, data_mesh, embed_batches, preset, quantize
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -68,6 +68,17 @@ def at_once() -> Iterator[dict[str, Any]]:
     yield difference(quantize(params, spec, ODD, config, runtime=Runtime(mesh=mesh(3), tokens_per_call=32)), alone)
 
 
+def refined() -> Iterator[dict[str, Any]]:
+    """The float stream beside, an alpha that all devices choose together, products in both orders, and refinements."""
+    spec = model(PARALLEL, 1)
+    config = preset("best", bits=3, group_size=16, refine=("descent", "refit"), rules=(Rule(r".*(down|up)$"),))
+    params = random_params(spec)
+    alone = quantize(params, spec, MIXED, config)
+    found = quantize(params, spec, MIXED, config, runtime=Runtime(mesh=mesh(4)))
+    assert any(linear.alpha > 0 for linear in alone.report.linears)
+    yield difference(found, alone)
+
+
 def experts() -> Iterator[dict[str, Any]]:
     """Six experts on devices that divide them, and on others."""
     spec = experts_model()
@@ -104,4 +115,4 @@ def layout() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({run.__name__: list(run()) for run in (dense, at_once, experts, layout)}))
+    print(json.dumps({run.__name__: list(run()) for run in (dense, at_once, refined, experts, layout)}))
