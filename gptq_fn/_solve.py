@@ -33,7 +33,8 @@ Rounded = tuple[UInt8[Array, "columns out"], Float[Array, "columns out"]]
 
 RoundBlock = Callable[[Float[Array, "columns out"], Float[Array, "columns columns"], Grid, int], Rounded]
 """Rounds a block of columns, each after it has the updates of those before it, from the weights, the factor's square on these
-columns, their grid [1, out] or grids [columns, out], and the bits. Hashable: it is part of the key of a compiled program."""
+columns, their grid [1, out] or grids [columns, out], and the bits. Hashable: it is part of the key of a compiled program, so a lambda
+made anew for each call compiles anew."""
 
 
 def round_in_loops(w: Float[Array, "columns out"], upper: Float[Array, "columns columns"], grid: Grid, bits: int) -> Rounded:
