@@ -35,8 +35,8 @@ class Batch(NamedTuple):
     """Which tokens count; the others are padding."""
     samples: tuple[int, ...]
     """The numbers of the samples; rows beyond them are padding."""
-    share: tuple[int, ...] = ()
-    """The share of each of them, as `gptq_fn._target.shares` tells it, where a float stream runs beside."""
+    share: tuple[int, ...]
+    """The share of each of them, as `gptq_fn._target.shares` tells it; without a float stream, all go alone."""
     exact: Any = None
     """What enters the block of the float model, kept like `x`: the float stream, unless all of these samples go alone."""
 
@@ -81,7 +81,7 @@ def embed_batches(
             ids, keep = placed((ids, keep), runtime.mesh, PARTS)
             x = runtime.store.put(embedded(top, jnp.asarray(ids)))
             of_mine = tuple(share[n] for n in mine)
-            batches.append(Batch(x, jnp.asarray(keep), mine, of_mine, None if min(of_mine, default=ALONE) == ALONE else x))
+            batches.append(Batch(x, jnp.asarray(keep), mine, of_mine, None if min(of_mine) == ALONE else x))
     return batches
 
 
