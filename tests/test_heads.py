@@ -1,6 +1,7 @@
 """Heads: left alone unless a rule names them, quantized by what enters them, and given a life of their own where they are tied."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gptq_fn_interop.quantizer
@@ -26,6 +27,7 @@ from gptq_fn import (
     factor,
     forward,
     quantize,
+    quantize_head,
     solve,
     spec_from_config,
 )
@@ -58,6 +60,27 @@ def test_a_head_is_quantized_by_what_enters_it(source):
     assert isinstance(found, QuantizedLinear)
     np.testing.assert_allclose(found.scale, expected.scale, rtol=1e-3)
     assert (np.asarray(found.codes) != np.asarray(expected.codes)).mean() < 0.01
+
+
+def test_a_head_without_a_float_stream_has_the_plain_target(source):
+    """Where one stream waits, an alpha that was to be chosen is 0, and one that was given is refused."""
+    checkpoint = Checkpoint(source)
+    spec = spec_from_config(checkpoint.config)
+    top = read_params(spec, checkpoint)["top"]
+    batches = embed_batches(spec, top, CALIB)
+    assert all(batch.exact is None for batch in batches)
+
+    def with_alpha(alpha):
+        config = QuantConfig(4, 32, untie=True, rules=(Rule("lm_head", replace(HEAD, alpha=alpha)),))
+        return quantize_head(spec, top, batches, config)
+
+    (_, found, (report,)), (_, plain, _) = with_alpha(None), with_alpha(0.0)
+    assert (report.alpha, report.restored, report.restored_held_out) == (0, 0, None)
+    assert isinstance(found["head"], QuantizedLinear)
+    np.testing.assert_array_equal(found["head"].codes, plain["head"].codes)
+    np.testing.assert_array_equal(found["head"].scale, plain["head"].scale)
+    with pytest.raises(ValueError, match=r"alpha is 0[.]5, .* one stream"):
+        with_alpha(0.5)
 
 
 def last_hidden(spec, params):
