@@ -1,0 +1,1 @@
+"""The tier for NVIDIA GPUs: kernels in CUDA C++, compiled when they are first needed."""
