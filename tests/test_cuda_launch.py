@@ -12,7 +12,7 @@ import pytest
 import torch
 from gptq_fn_kernels.cuda import launch
 from gptq_fn_kernels.cuda.compile import Variant, cubin_of
-from gptq_fn_kernels.cuda.launch import Kernel, Launch, TensorMap, load, load_cubin
+from gptq_fn_kernels.cuda.launch import Kernel, Launch, TensorMap, capture_of, load, load_cubin
 from gptq_fn_kernels.cuda.machine import arch_of
 
 FUNCTION, CONTEXT = 0x7F00_0000_6000, 0x7F00_0000_7000
@@ -77,8 +77,9 @@ class Driver:
         ctypes.memset(place.value, 1, 128)
         return (place.value, *(list(x) if isinstance(x, ctypes.Array) else getattr(x, "value", x) for x in rest))
 
-    def _cuTensorMapReplaceAddress(self, place: Any, address: Any) -> tuple[int, int]:
-        return place.value, address.value
+    def _cuStreamGetCaptureInfo_v2(self, stream: Any, status: Any, number: Any, *rest: None) -> int:
+        status._obj.value, number._obj.value = stream.value & 1, 77  # odd streams are captured
+        return stream.value
 
     def last(self, name: str) -> Any:
         return [told for asked, told in self.asked if asked == name][-1]
@@ -188,7 +189,7 @@ def test_threads_do_not_mix_their_arguments(driver: Driver, kernel: Kernel) -> N
     assert all({struct.unpack("q", value)[0] for value in each.values} == {each.stream} for each in told)
 
 
-def test_a_tensor_map_is_made_once_and_moved(driver: Driver, kernel: Kernel) -> None:
+def test_a_tensor_map_is_made_where_its_tensor_is_another(driver: Driver, kernel: Kernel) -> None:
     described = TensorMap(torch.bfloat16, (3, 4096), (8192,), (64, 32), swizzle=64)
     assert described.place % 64 == 0
     ready = Launch(kernel, (1,), (32,), 2, maps={1: described})
@@ -200,13 +201,21 @@ def test_a_tensor_map_is_made_once_and_moved(driver: Driver, kernel: Kernel) -> 
     values = driver.last("cuLaunchKernelEx").values
     assert values == [struct.pack("q", 7), b"\1" * 8]  # the map itself
     ready(0, 7, 0x1000)
-    assert "cuTensorMapReplaceAddress" not in driver.names()
-    ready(0, 7, 0x2000)
-    assert driver.last("cuTensorMapReplaceAddress") == (described.place, 0x2000)
     assert driver.names().count("cuTensorMapEncodeTiled") == 1
-    driver.failing["cuTensorMapReplaceAddress"] = [1]
-    with pytest.raises(RuntimeError, match="a tensor map cannot be made"):
-        ready(0, 7, 0x3001)
+    ready(0, 7, 0x2000)
+    assert driver.names().count("cuTensorMapEncodeTiled") == 2
+    assert driver.last("cuTensorMapEncodeTiled")[3] == 0x2000
+    driver.failing["cuTensorMapEncodeTiled"] = [1, 1]
+    for _ in range(2):  # a map that was refused is not taken for made
+        with pytest.raises(RuntimeError, match="a tensor map cannot be made"):
+            ready(0, 7, 0x3001)
+
+
+def test_a_capture_has_a_number(driver: Driver) -> None:
+    assert [capture_of(stream) for stream in (0x10, 0x11)] == [0, 77]
+    driver.failing["cuStreamGetCaptureInfo_v2"] = [1]
+    with pytest.raises(RuntimeError, match="does not tell whether it is captured"):
+        capture_of(0x10)
 
 
 def test_without_a_driver_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,13 +158,10 @@ class TensorMap:
         """Let it stand for a tensor at this address, a multiple of 16. Raises RuntimeError where CUDA refuses."""
         if address == self._address:
             return
+        kind, axes, swizzle = self._kinds
         place, at = c_void_p(self.place), c_void_p(address)
-        if self._address:
-            status = driver().cuTensorMapReplaceAddress(place, at)
-        else:
-            kind, axes, swizzle = self._kinds
-            plain, promotion, zeros = 0, 2, 0  # CU_TENSOR_MAP_INTERLEAVE_NONE, ..._L2_PROMOTION_L2_128B, ..._FLOAT_OOB_FILL_NONE
-            status = driver().cuTensorMapEncodeTiled(place, kind, axes, at, *self._sizes, plain, swizzle, promotion, zeros)
+        plain, promotion, zeros = 0, 2, 0  # CU_TENSOR_MAP_INTERLEAVE_NONE, ..._L2_PROMOTION_L2_128B, ..._FLOAT_OOB_FILL_NONE
+        status = driver().cuTensorMapEncodeTiled(place, kind, axes, at, *self._sizes, plain, swizzle, promotion, zeros)
         _check(status, "a tensor map cannot be made")
         self._address = address
 
@@ -173,6 +170,16 @@ _KINDS = {torch.uint8: 0, torch.int32: 3, torch.float16: 6, torch.float32: 7, to
 """CU_TENSOR_MAP_DATA_TYPE_..."""
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 """CU_TENSOR_MAP_SWIZZLE_..."""
+
+
+def capture_of(stream: int) -> int:
+    """Which capture of a CUDA graph is under way on the stream with this handle: a number of its own, or 0."""
+    status, number = c_int(), c_uint64()
+    _check(
+        driver().cuStreamGetCaptureInfo_v2(c_void_p(stream), byref(status), byref(number), None, None, None),
+        "the stream does not tell whether it is captured",
+    )
+    return number.value if status.value else 0
 
 
 @cache
