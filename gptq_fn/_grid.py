@@ -17,6 +17,9 @@ _FACTORS = tuple(1 - i / 25 for i in range(16))
 _AT_ONCE = 2**29
 """Weights that GPUs round at once to try factors: 2 GiB of float32, where a search does not happen inside one kernel."""
 
+_IN_CACHE = 2**16
+"""Rows that CPUs round at once to try factors, column after column: a few arrays of so many values fit the second level of cache."""
+
 
 class Grid(NamedTuple):
     """Level c of row o is `scale[o] * (c - zero[o])`; `zero` holds whole numbers, so that 0 is always a level."""
@@ -57,23 +60,39 @@ def find_grid(
     """
     if method == "minmax":
         return _grid_over(*_range(w, sym), bits, sym)
-    return cheapest_grid(w, rounding_cost(w, bits, weight), bits=bits, sym=sym, negative=negative)
+    copies = _IN_CACHE // len(w)
+    return cheapest_grid(w, rounding_cost(w, bits, weight), bits=bits, sym=sym, negative=negative, copies=copies)
 
 
 def rounding_cost(w: Float[Array, "out group"], bits: int, weight: Float[Array, " group"] | None = None) -> Cost:
     """The sum of squared rounding errors, those of column j counted `weight[j]` times."""
 
-    def cost(grid: Grid) -> Float[Array, " rows"]:
+    def at_once(grid: Grid) -> Float[Array, " rows"]:
         copies = jnp.tile(w, (len(grid.scale) // len(w), 1))
         lost = (decode(encode(copies, grid, bits), grid) - copies) ** 2
         return (lost if weight is None else lost * weight[None]).sum(1)
 
+    def by_column(grid: Grid) -> Float[Array, " rows"]:
+        scale, zero = (a.reshape(-1, len(w)) for a in grid)
+
+        def add(total: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
+            mine, counted = column[0][None], column[1]
+            levels = jnp.clip(jnp.round(mine / scale), -zero, 2**bits - 1 - zero)
+            return total + counted * (scale * levels - mine) ** 2, None
+
+        each = jnp.ones(w.shape[1], w.dtype) if weight is None else weight
+        return jax.lax.scan(add, jnp.zeros_like(scale), (w.T, each))[0].reshape(-1)
+
+    def cost(grid: Grid) -> Float[Array, " rows"]:
+        return jax.lax.platform_dependent(grid, cpu=by_column, default=at_once)
+
     return cost
 
 
-def cheapest_grid(w: Float[Array, "out group"], cost: Cost, *, bits: int, sym: bool, negative: bool = False) -> Grid:
+def cheapest_grid(w: Float[Array, "out group"], cost: Cost, *, bits: int, sym: bool, negative: bool = False, copies: int = 1) -> Grid:
     """For each row of `w` the grid of least cost among those that cover its range shrunk by some factors; of equals, the widest.
 
+    CPUs ask for the cost of at most so many `copies` of the rows at once, if of more than one.
     Where `negative`, scales of either sign are tried. That is for symmetric grids: their codes reach one level further below
     the zero point than above it, and a negative scale turns that level to the other side.
     """
@@ -90,9 +109,10 @@ def cheapest_grid(w: Float[Array, "out group"], cost: Cost, *, bits: int, sym: b
 
         return jax.lax.map(some, factors.reshape(-1, at_once)).reshape(len(factors), -1)
 
-    # GPUs try all factors in one kernel; CPUs are faster one after the other, while the weights are in a cache.
-    most = next(n for n in range(len(factors), 0, -1) if len(factors) % n == 0 and (n == 1 or n * w.size <= _AT_ONCE))
-    found = jax.lax.platform_dependent(low, high, cpu=partial(costs, 1), default=partial(costs, most))
+    # GPUs try all factors in one kernel; CPUs are faster with what stays in a cache.
+    parts = [n for n in range(1, len(factors) + 1) if len(factors) % n == 0]
+    most, few = (max(n for n in parts if n <= max(1, limit)) for limit in (_AT_ONCE // w.size, copies))
+    found = jax.lax.platform_dependent(low, high, cpu=partial(costs, few), default=partial(costs, most))
     return shrunk(factors[jnp.argmin(found, 0)], low, high)  # of equals, the first
 
 

@@ -3,6 +3,7 @@
 import math
 from functools import singledispatch
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -29,12 +30,21 @@ def rotate(
     """
     angles = positions.astype(jnp.float32)[..., None] * frequencies(rope, positions.max() + 1)[None, None]
     amplitude = rope.scaling.amplitude if isinstance(rope.scaling, YarnScaling | LongScaling) else 1.0
-    cos, sin = ((f(angles) * amplitude)[:, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    turns = jax.lax.platform_dependent(jnp.cos(angles), jnp.sin(angles), cpu=_once, default=lambda *turns: turns)
+    cos, sin = ((turn * amplitude)[:, :, None, :].astype(x.dtype) for turn in turns)
     turning, still = x[..., : rope.dim], x[..., rope.dim :]
     a, b = (turning[..., ::2], turning[..., 1::2]) if rope.interleaved else jnp.split(turning, 2, -1)
     turned = a * cos - b * sin, b * cos + a * sin
     turning = jnp.stack(turned, -1).reshape(turning.shape) if rope.interleaved else jnp.concatenate(turned, -1)
     return jnp.concatenate([turning, still], -1)
+
+
+def _once(cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]) -> tuple[Array, Array]:
+    """The same, behind a product with ones: without it XLA computes them on CPUs anew for every head, which takes as long as the
+    projection of the heads."""
+    half = cos.shape[-1]
+    both = jnp.matmul(jnp.concatenate([cos, sin], -1), jnp.eye(2 * half, dtype=cos.dtype), precision=jax.lax.Precision.HIGHEST)
+    return both[..., :half], both[..., half:]
 
 
 def frequencies(rope: RopeSpec, length: Int[Array, ""] | int = 1) -> Float[Array, " half"]:
