@@ -8,6 +8,8 @@ import torch
 
 from gptq_fn_kernels import reference
 from gptq_fn_kernels.cpu import vectors
+from gptq_fn_kernels.cuda import backend as cuda
+from gptq_fn_kernels.cuda.weight import prepare as prepare_for_cuda
 from gptq_fn_kernels.problem import Packed, Problem, problem_of
 from gptq_fn_kernels.triton import backend as triton
 from gptq_fn_kernels.triton.weight import prepare as prepare_for_triton
@@ -29,6 +31,7 @@ class Backend:
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend("cuda", cuda.unsupported, prepare_for_cuda, cuda.matmul, cuda.gradient),
     Backend("triton", triton.unsupported, prepare_for_triton, triton.matmul, triton.gradient),
     Backend("cpu_vectors", vectors.unsupported, vectors.prepare, vectors.matmul),
     Backend("reference", reference.unsupported, reference.prepare, reference.matmul),

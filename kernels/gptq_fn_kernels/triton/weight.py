@@ -50,8 +50,31 @@ class TritonWeight:
 
 def prepare(packed: Packed) -> TritonWeight:
     """The weight in this layout. Waits for the device: it belongs at load, not on a hot path."""
+    held = held_of(packed, largest_group_of(packed.bits))
+    zeros = None if packed.symmetric else packed.zeros[held.groups].to(torch.float16)
+    scales = packed.scales[held.groups]
+    return TritonWeight(held.words, held.high, zeros, scales, held.gather, packed.bits, held.share, packed.k, packed.n)
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """The codes of a weight in their slots, and which group each share of slots has."""
+
+    words: torch.Tensor
+    """int32 [width / chunk, n, 16]."""
+    high: torch.Tensor | None
+    """int16 [width / chunk, n, 16] of codes of 3 bits."""
+    groups: torch.Tensor
+    """int32 [width / share]."""
+    share: int
+    gather: torch.Tensor | None
+    """int32 [width], None where input i is in slot i."""
+
+
+def held_of(packed: Packed, largest: int) -> Held:
+    """The codes in slots of which at most `largest` share a scale."""
     bits, device = packed.bits, packed.g_idx.device
-    slots = slots_of(packed.g_idx.cpu().numpy(), chunk=chunk_of(bits), smallest=SMALLEST_GROUP, largest=largest_group_of(bits))
+    slots = slots_of(packed.g_idx.cpu().numpy(), chunk=chunk_of(bits), smallest=SMALLEST_GROUP, largest=largest)
     inputs, groups = torch.from_numpy(slots.inputs).to(device), torch.from_numpy(slots.groups).to(device)
     empty, of_slot = inputs == packed.k, groups.repeat_interleave(slots.share)
     words, high = [], []
@@ -63,14 +86,5 @@ def prepare(packed: Packed) -> TritonWeight:
         w, h = pack_words(torch.where(empty[:, None], packed.zeros[:, outs][of_slot], codes).T, bits)
         words.append(w)
         high.append(h)
-    return TritonWeight(
-        torch.cat(words, 1),
-        torch.cat(high, 1).to(torch.int16) if bits == 3 else None,
-        None if packed.symmetric else packed.zeros[groups].to(torch.float16),
-        packed.scales[groups],
-        None if slots.gather is None else inputs,
-        bits,
-        slots.share,
-        packed.k,
-        packed.n,
-    )
+    joined = torch.cat(high, 1).to(torch.int16) if bits == 3 else None
+    return Held(torch.cat(words, 1), joined, groups, slots.share, None if slots.gather is None else inputs)

@@ -1,0 +1,165 @@
+// What the Hopper kernels share: rings of chunks that TMA fills, and the product with a chunk.
+//
+// Compiled with -D: BITS 4 or 8, GROUP inputs to a scale (16 to a chunk), ROWS 8 to 256 of a block, TILES 1 or 2 of 64
+// outputs for a warpgroup, ABREAST 1 or 2 warpgroups side by side, STAGES of a ring, BLOCKS to a multiprocessor, FEWEST rows
+// for which a warp's matrix instruction is the faster one, BRAIN 1 for activations of bfloat16, SCALES 1 for scales of
+// bfloat16, ZEROS 1 where there are zero points.
+
+#include "bits.cuh"
+#include "mma.cuh"
+#include "wgmma.cuh"
+#include "block.cuh"
+
+constexpr int BOXES = CHUNK / 64;                 // 128 bytes of a row of x: what the swizzle spans
+constexpr bool LARGE = ROWS * TILES >= 256;       // sums take 128 registers: the warp that copies gives of its own
+constexpr bool FEW = ROWS <= FEWEST;
+constexpr int THREADS = 32 * CONSUMERS + (LARGE ? 128 : 32);
+static_assert(STAGES % PARTS == 0, "a stage always belongs to the same warpgroup");
+
+struct alignas(64) TensorMap { unsigned long long opaque[16]; };
+
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra over;\nbra again;\nover:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
+                 "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int input, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+                 "l"(map), "r"(input), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
+// The ring of a block: activations and weights of STAGES chunks, with a barrier for having come and one for having been read.
+struct Ring {
+    u32 inputs, weights, full, empty;
+
+    __device__ __forceinline__ u32 inputs_of(int i) const { return inputs + i % STAGES * X_BYTES; }
+    __device__ __forceinline__ u32 weights_of(int i) const { return weights + i % STAGES * WEIGHT_BYTES; }
+    __device__ __forceinline__ u32 full_of(int i) const { return full + i % STAGES * 8; }
+    __device__ __forceinline__ u32 empty_of(int i) const { return empty + i % STAGES * 8; }
+
+    // By all threads of the block, before anything else.
+    __device__ __forceinline__ Ring(void* dynamic, unsigned long long* barriers) {
+        inputs = (address_of(dynamic) + 1023) & ~1023u, weights = inputs + STAGES * X_BYTES;
+        full = address_of(barriers), empty = full + STAGES * 8;
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < STAGES; ++i) {
+                asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full_of(i)));
+                asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty_of(i)), "n"(CONSUMERS / PARTS));
+            }
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        __syncthreads();
+    }
+
+    // Chunk `chunk` of the weights of outputs from out0 on, as the i-th that comes through the ring.
+    __device__ __forceinline__ void bring_weights(int i, const u32* words, const u16* grid, int chunk, int out0, int n) const {
+        const u32 outs = min(OUTS, n - out0);
+        const long long at = (long long)chunk * n + out0;
+        expect(full_of(i), X_BYTES + outs * (64 + GRID * 2));
+        copy(weights_of(i), words + at * 16, outs * 64, full_of(i));
+        copy(weights_of(i) + WORD_BYTES, grid + at * GRID, outs * GRID * 2, full_of(i));
+    }
+
+    // The same chunk of rows from row0 on, afterwards.
+    __device__ __forceinline__ void bring_inputs(int i, const TensorMap* x, int chunk, int row0) const {
+        for (int box = 0; box < BOXES; ++box) copy_box(inputs_of(i) + box * ROWS * 128, x, chunk * CHUNK + box * 64, row0, full_of(i));
+    }
+
+    __device__ __forceinline__ void wait_full(int i) const { wait(full_of(i), i / STAGES & 1); }
+
+    // Until what was there before the i-th has been read.
+    __device__ __forceinline__ void wait_empty(int i) const {
+        if (i >= STAGES) wait(empty_of(i), (i / STAGES + 1) & 1);
+    }
+
+    // By every warp that has read it.
+    __device__ __forceinline__ void release(int i) const {
+        if (threadIdx.x % 32 == 0) arrive(empty_of(i));
+    }
+};
+
+// Adds the product with the i-th chunk of the ring, when it has come, and releases what has been read: with a warp's
+// instruction this chunk, with a warpgroup's, which is still reading it, chunk `before` unless that is negative.
+template <int N = ROWS>
+__device__ __forceinline__ void add_chunk(Sums& sums, const Ring& ring, int i, int before, const Place& place, const Magic& magic) {
+    const u32 inputs = ring.inputs_of(i), weights = ring.weights_of(i);
+    ring.wait_full(i);
+    const unsigned long long rows = descriptor_of(inputs);
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+        const int out = place.row + 64 * t;
+        u32 upper[4], lower[4];
+        load(upper, weights + out * 64 + place.lane * 16);
+        load(lower, weights + (out + 8) * 64 + place.lane * 16);
+        const u32 grids = weights + WORD_BYTES + out * GRID * 2;
+        Scale s, r;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 a[FIELDS][4];
+#pragma unroll
+            for (int field = 0; field < FIELDS; ++field) {
+                const int input = (half * FIELDS + field) * 16;
+                if (input % GROUP == 0) {
+                    s = scale_of(grids + input / GROUP * 2 * (1 + ZEROS));
+                    r = scale_of(grids + 8 * GRID * 2 + input / GROUP * 2 * (1 + ZEROS));
+                }
+                a[field][0] = weights_of(upper[half * 2], field, s, magic);
+                a[field][1] = weights_of(lower[half * 2], field, r, magic);
+                a[field][2] = weights_of(upper[half * 2 + 1], field, s, magic);
+                a[field][3] = weights_of(lower[half * 2 + 1], field, r, magic);
+            }
+            if constexpr (N <= FEWEST) {
+#pragma unroll
+                for (int field = 0; field < FIELDS; field += 2) {
+                    const int input = (half * FIELDS + field) * 16;
+#pragma unroll
+                    for (int j = 0; j < ROWS / 8; ++j) {
+                        u32 b[4];
+                        load_tiles(b, inputs + input / 64 * ROWS * 128 + j * 1024 + (place.swizzled ^ input % 64 * 2));
+                        mma(&sums[t][j * 4], a[field], b);
+                        mma(&sums[t][j * 4], a[field + 1], b + 2);
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int field = 0; field < FIELDS; ++field) settle(a[field]);
+                wgmma_fence();
+#pragma unroll
+                for (int field = 0; field < FIELDS; ++field) {
+                    const int input = (half * FIELDS + field) * 16;
+                    wgmma<N>(sums[t], a[field], rows + (input / 64 * ROWS * 128 + input % 64 * 2) / 16);
+                }
+                wgmma_commit();
+                if (t == 1 && half == 1) wgmma_wait<0>();  // else the compiler serializes all
+                else wgmma_wait<1>();
+                if (t == 0 && half == 0 && before >= 0) ring.release(before);
+            }
+        }
+    }
+    if constexpr (FEW) {
+        __syncwarp();
+        ring.release(i);
+    }
+}
+
+// All warps that multiply, of one block.
+__device__ __forceinline__ void consumers_barrier() {
+    __syncwarp();
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * CONSUMERS) : "memory");
+}

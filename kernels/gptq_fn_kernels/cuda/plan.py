@@ -1,0 +1,132 @@
+"""Which of the Hopper kernels multiplies so many rows, and what a block of it makes.
+
+The kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the one whose
+blocks share all chunks evenly (stream.cu) as long as a block's chunks and what it reads of others' sums. The microseconds were
+fitted to 900 products on an H100 (kernels/NOTES.md): what is chosen by them takes 1 % more than the best.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import ceil
+
+from gptq_fn_kernels.triton.layout import chunk_of
+
+_SHARED = 232_448
+"""Bytes of shared memory that Hopper gives the blocks of a multiprocessor, the reserved KiB of each included."""
+
+_MOST_STAGES = 16
+
+_MOST_ROWS = 2048
+"""For more the weight is dequantized once and cuBLAS multiplies."""
+
+_MANY = 128
+"""Rows of which a block may have fewer than there are."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block makes: `rows` rows times 64 * `tiles` * `abreast` outputs."""
+
+    rows: int
+    tiles: int
+    abreast: int
+    blocks: int
+    """Blocks to a multiprocessor."""
+    chunk: float
+    """Microseconds that a warpgroup takes for a chunk of inputs, with as many blocks to a multiprocessor as there can be."""
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a block."""
+        return 64 * self.tiles * self.abreast
+
+    @property
+    def turns(self) -> int:
+        """Warpgroups that take turns with the chunks."""
+        return 2 // self.abreast
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 384 if self.rows * self.tiles >= 256 else 288
+
+    def stages(self, bits: int, grid: int) -> int:
+        """Chunks under way at a time, as many for each of the warpgroups that take turns; `grid` 16-bit floats for an output of each."""
+        room = (_SHARED // self.blocks - 3072) // self._stage(bits, grid)
+        return min(room, _MOST_STAGES) // self.turns * self.turns
+
+    def shared(self, bits: int, grid: int) -> int:
+        """Bytes of dynamic shared memory: the ring, in whose place the sums come afterwards."""
+        sums = self.turns * self.rows * (self.outputs + 4) * 4
+        return max(self.stages(bits, grid) * self._stage(bits, grid), sums) + 1024
+
+    def _stage(self, bits: int, grid: int) -> int:
+        return self.rows * chunk_of(bits) * 2 + self.outputs * (64 + 2 * grid)
+
+
+TILES = (
+    Tile(8, 1, 1, 3, 0.83),
+    Tile(8, 1, 2, 2, 0.48),
+    Tile(16, 1, 1, 3, 0.87),
+    Tile(16, 1, 2, 2, 0.62),
+    Tile(32, 1, 1, 2, 0.79),
+    Tile(32, 1, 2, 2, 0.80),
+    Tile(64, 1, 1, 1, 0.64),
+    Tile(64, 1, 2, 2, 0.96),
+    Tile(128, 1, 1, 1, 0.92),
+    Tile(128, 1, 2, 1, 0.79),
+    Tile(128, 2, 1, 1, 1.58),
+    Tile(128, 2, 2, 1, 1.53),
+    Tile(192, 1, 1, 1, 1.35),
+    Tile(192, 1, 2, 1, 1.09),
+    Tile(256, 1, 2, 1, 1.47),
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A cluster of so many blocks for each tile."""
+
+    tile: Tile
+    parts: int
+
+    def microseconds(self, m: int, n: int, chunks: int, processors: int) -> float:
+        """About how long it takes to multiply m rows of so many chunks of inputs with n outputs."""
+        blocks = ceil(m / self.tile.rows) * ceil(n / self.tile.outputs) * self.parts
+        # Clusters of three and more leave some multiprocessors of a GPU's parts without work.
+        places = processors * self.tile.blocks * (1.0 if self.parts <= 2 else 0.85)
+        steps = ceil(ceil(chunks / self.parts) / self.tile.turns)
+        waves = ceil(blocks / places)
+        slower = 1.09 if waves > 2 else 1.0  # a GPU that is busy for long takes its clock back
+        return 0.7 + slower * waves * (2.15 + 0.22 * self.parts + steps * self.tile.chunk)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One block a multiprocessor, between which all chunks of all tiles are shared evenly."""
+
+    tile: Tile
+
+    def microseconds(self, m: int, n: int, chunks: int, processors: int) -> float:
+        """As of `Split`."""
+        tiles = ceil(m / self.tile.rows) * ceil(n / self.tile.outputs)
+        share = tiles * chunks / processors
+        return 2.1 + 1.06 * ceil(share) * self.tile.chunk + 4.4 * ceil(tiles / processors) + 0.95 * ceil(chunks / share)
+
+
+Plan = Split | Stream
+
+PLANS: tuple[Plan, ...] = (
+    *(Split(tile, parts) for tile in TILES for parts in (1, 2, 3, 4, 5, 6)),
+    *(Stream(tile) for tile in TILES if tile.rows >= _MANY and tile.turns == 1),
+)
+
+
+@cache
+def plan_of(m: int, n: int, chunks: int, processors: int) -> Plan | None:
+    """How to multiply m rows of so many chunks of inputs with n outputs, or None: dequantize once and multiply densely."""
+    if m > _MOST_ROWS:
+        return None
+    fewest = min((tile.rows for tile in TILES if tile.rows >= m), default=_MANY)
+    fitting = [plan for plan in PLANS if plan.tile.rows == fewest or plan.tile.rows >= _MANY <= m]
+    return min(fitting, key=lambda plan: plan.microseconds(m, n, chunks, processors))

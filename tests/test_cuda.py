@@ -1,0 +1,164 @@
+"""The CUDA tier computes x W^T: its layout and choices everywhere, its products on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from gptq_fn_kernels import Packed, dequantize, explain, problem_of
+from gptq_fn_kernels.cuda import backend
+from gptq_fn_kernels.cuda.plan import PLANS, TILES, Plan, Tile, plan_of
+from gptq_fn_kernels.cuda.weight import prepare
+from gptq_fn_kernels.triton.layout import chunk_of, unpack_words
+from gptq_writer import SCALE_DTYPES, Linear, Scheme, random_linear
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_triton import exact_of, packed_of, relative
+
+SHARED = 232_448
+seeds = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def linears(draw: st.DrawFn) -> tuple[Linear, Scheme]:
+    scheme = Scheme(
+        bits=draw(st.sampled_from((4, 8))),
+        group_size=draw(st.sampled_from((-1, 16, 24, 32, 48, 64, 96, 128, 256))),
+        sym=draw(st.booleans()),
+        desc_act=draw(st.booleans()),
+        zeros=draw(st.sampled_from(("v1", "v2"))),
+        scales=draw(st.sampled_from(SCALE_DTYPES)),
+    )
+    inputs, outputs = 8 * draw(st.integers(1, 80)), 8 * draw(st.integers(1, 40))
+    return random_linear(np.random.default_rng(draw(seeds)), inputs, outputs, scheme), scheme
+
+
+# layout
+
+
+@settings(max_examples=40)
+@given(linears())
+def test_the_prepared_weight_is_the_weight(drawn: tuple[Linear, Scheme]) -> None:
+    linear, scheme = drawn
+    w = prepare(packed_of(linear, scheme))
+    codes = unpack_words(w.words, None, w.bits, torch.stack).double()
+    chunks, n, groups, of_group = w.grid.shape
+    share = chunk_of(w.bits) // groups
+    scales = w.grid[..., 0].double().permute(1, 0, 2).reshape(n, -1).repeat_interleave(share, 1)
+    zeros = torch.full_like(scales, 2 ** (w.bits - 1))
+    if of_group == 2:
+        zeros = w.grid.view(torch.float16)[..., 1].double().permute(1, 0, 2).reshape(n, -1).repeat_interleave(share, 1)
+    weight = (codes - zeros) * scales
+    slots = torch.arange(chunks * chunk_of(w.bits))
+    inputs = slots.where(slots < w.k, w.k) if w.gather is None else w.gather.long()
+    expected = torch.cat([torch.from_numpy(linear.weight), torch.zeros(w.n, 1, dtype=torch.float64)], 1)
+    used = slice(w.k) if w.gather is None else slice(None)  # slots behind the last input are multiplied with zeros
+    np.testing.assert_allclose(weight[:, used], expected[:, inputs][:, used], rtol=2**-11 if scheme.scales == torch.float32 else 0)
+
+
+# the choice
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 70_000), st.integers(1, 40_000), st.integers(1, 500), st.integers(1, 200))
+def test_plans_serve_every_size(m: int, n: int, chunks: int, processors: int) -> None:
+    plan = plan_of(m, n, chunks, processors)
+    if m <= 512:
+        assert plan is not None
+    if plan is not None:
+        assert plan.tile.rows >= min(m, 128)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_tiles_fit_the_gpu(tile: Tile) -> None:
+    for bits, share in ((bits, share) for bits in (4, 8) for share in (16, 32, 64, 128) if share <= chunk_of(bits)):
+        for of_group in (1, 2):
+            grid = chunk_of(bits) // share * of_group
+            assert tile.stages(bits, grid) >= 2
+            assert tile.stages(bits, grid) % tile.turns == 0
+            assert tile.blocks * (tile.shared(bits, grid) + 1024 + 16 * tile.stages(bits, grid)) <= SHARED + 1024
+
+
+def test_many_rows_are_dequantized_once() -> None:
+    assert plan_of(100_000, 4096, 32, 132) is None
+
+
+def test_reasons() -> None:
+    scheme = Scheme(4, 32)
+    packed = packed_of(random_linear(np.random.default_rng(0), 64, 16, scheme), scheme)
+    assert "runs on an NVIDIA GPU, not on cpu" in str(explain(problem_of(packed, torch.float16))["cuda"])
+
+
+# products
+
+
+def check(packed: Packed, x: torch.Tensor, prepared: object | None = None) -> None:
+    weight = prepare(packed) if prepared is None else prepared
+    exact = exact_of(x, packed)
+    y = backend.matmul(x, weight)
+    assert y.shape == exact.shape
+    assert y.dtype == x.dtype
+    dense = dequantize(packed, torch.float64).to(x.dtype)
+    tolerance = max(1.2 * relative(x @ dense.T, exact), 1e-6) + 1e-4
+    assert relative(y, exact) < tolerance
+    assert torch.equal(backend.matmul(x, weight), y)
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype, device=x.device)
+    wide[..., 1:-2] = x
+    assert torch.equal(backend.matmul(wide[..., 1:-2], weight), y)
+    found = backend.gradient(y, weight)
+    assert relative(found, y.double() @ dequantize(packed, torch.float64)) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@settings(max_examples=30, deadline=None)
+@given(linears(), st.integers(1, 600), seeds)
+def test_products_on_a_gpu(dtype: torch.dtype, drawn: tuple[Linear, Scheme], m: int, seed: int) -> None:
+    packed = packed_of(*drawn, "cuda")
+    check(packed, torch.randn(m, packed.k, generator=torch.Generator().manual_seed(seed)).to(dtype).cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_every_plan(plan: Plan) -> None:
+    """Also where blocks are more than a GPU holds at once, and where chunks are fewer than blocks."""
+    for bits, sym, n, k in ((4, True, 2056, 4104), (8, False, 328, 264)):
+        scheme = Scheme(bits, 64, sym=sym)
+        packed = packed_of(random_linear(np.random.default_rng(bits), k, n, scheme), scheme, "cuda")
+        weight = prepare(packed)
+        for m in {1, plan.tile.rows - 3, plan.tile.rows, 2 * plan.tile.rows + 5, 1500}:
+            x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+            exact = exact_of(x, packed)
+            for _ in range(3):
+                y = backend.multiply_by(plan, x, weight.parts, bits)
+                assert relative(y, exact) < 5e-4, (bits, m)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("k", "n"), [(576, 1536), (4096, 1024), (11008, 4096), (896, 151_936)])
+def test_shapes_of_models_on_a_gpu(k: int, n: int, bits: int) -> None:
+    scheme = Scheme(bits, 128, sym=bits == 4)
+    packed = packed_of(random_linear(np.random.default_rng(bits), k, n, scheme), scheme, "cuda")
+    prepared = prepare(packed)
+    for dtype in (torch.float16, torch.bfloat16):
+        for m in (1, 3, 8, 16, 24, 48, 96, 200, 300, 700, 2000):
+            check(packed, torch.randn(m, k, device="cuda").to(dtype), prepared)
+
+
+@pytest.mark.gpu
+def test_streams_graphs_and_empty_batches() -> None:
+    scheme = Scheme(4, 128, desc_act=True)
+    packed = packed_of(random_linear(np.random.default_rng(0), 4096, 512, scheme), scheme, "cuda")
+    weight, x = prepare(packed), torch.randn(7, 4096, device="cuda", dtype=torch.float16)
+    y = backend.matmul(x, weight)
+    assert backend.matmul(x[:0], weight).shape == (0, 512)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert torch.equal(backend.matmul(x, weight), y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backend.matmul(x, weight)
+    x.copy_(torch.randn_like(x))
+    captured.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(captured, backend.matmul(x, weight))
+    with pytest.raises(ValueError, match="4096 inputs"):
+        backend.matmul(x[:, :8], weight)
