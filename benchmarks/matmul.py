@@ -8,12 +8,13 @@ the rate of a large dense product, whichever takes longer; both rates are measur
 weight, whose scales fit both 16-bit types, in memory of its own for each of so many calls that the L2 cache holds none. The calls
 are captured in one CUDA graph, replays are timed with events, in turns for each M. Before that every output is filled with NaN and
 compared with float64: "error" is the largest relative error in the row, and "spread" the largest (max - min) / median.
-gemlite, GPTQModel and torch's own int4 kernel take part where they are there. On a CPU the same runs without graphs.
+gemlite, GPTQModel, Marlin and torch's own int4 kernel take part where they are there. On a CPU the same runs without graphs.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
 # (pyright does not know what Triton makes of a kernel, and the peers may be absent.)
 import argparse
+import copy
 import importlib.util
 import json
 import math
@@ -181,12 +182,35 @@ def gptqmodel(w: Weight) -> Multiply | str:
     return layer.eval()
 
 
+def marlin(w: Weight) -> Multiply | str:
+    """The layer of Marlin's own repository."""
+    n, k = w.codes.shape
+    if w.codes.device.type != "cuda" or not importlib.util.find_spec("marlin"):
+        return "needs a GPU and Marlin, built from its repository"
+    if w.bits != 4 or w.group not in (128, k) or w.scales.dtype != torch.float16 or k % 128 or n % 256:
+        return "multiplies torch.float16 with 4 bits in groups of 128 or one a row, in shapes that 128 and 256 divide"
+    if w.codes not in _MARLIN:  # packing takes seconds
+        from marlin import Layer
+
+        linear, layer = torch.nn.Linear(k, n, bias=False, dtype=torch.float16), Layer(k, n, w.group if w.group < k else -1)
+        linear.weight.data = w.dense(torch.float16).cpu()
+        layer.pack(linear, w.scales.cpu())
+        _MARLIN.clear()
+        _MARLIN[w.codes] = layer.cuda()
+    return copy.deepcopy(_MARLIN[w.codes]).forward
+
+
+_MARLIN: dict[torch.Tensor, torch.nn.Module] = {}
+"""The last weight, packed."""
+
+
 CONTENDERS = (
     Contender("dense (cuBLAS)", dense, dense=True),
     Contender("dequantize + dense", dequantize_first),
     Contender("torch tinygemm", tinygemm),
     Contender("gemlite", gemlite),
     Contender("GPTQModel Triton", gptqmodel),
+    Contender("Marlin", marlin),
     *map(ours, BACKENDS),
 )
 
