@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import transformers
 import tyro
-from gptq_fn_interop.cli import COMMANDS
+from gptq_fn_interop.cli import COMMANDS, joined
 from gptq_fn_interop.request import FIELDS
 from tiny import save_tiny_llama
 
@@ -99,7 +99,7 @@ def test_the_commands_of_a_page_are_understood(page: str) -> None:
     parsers = {name: only_parsed(name) for name in COMMANDS}
     for line, args in commands(ROOT / page):
         try:
-            tyro.extras.subcommand_cli_from_dict(parsers, prog="gptq-fn", args=args)  # pyright: ignore[reportArgumentType]
+            tyro.extras.subcommand_cli_from_dict(parsers, prog="gptq-fn", args=joined(args))  # pyright: ignore[reportArgumentType]
         except SystemExit:
             pytest.fail(f"{page}:{line}: gptq-fn {shlex.join(args)}")
     assert called
@@ -112,8 +112,9 @@ def test_the_options_in_sentences_are_options(capsys: pytest.CaptureFixture[str]
             tyro.extras.subcommand_cli_from_dict(dict(COMMANDS), prog="gptq-fn", args=[name, "--help"])
         options[name] = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     for page in PAGES:
-        for command, rest in re.findall(r"`gptq-fn (\w+)\b([^`]*)`", page.read_text()):
-            assert set(re.findall(r"--[a-z][a-z-]+", rest)) <= options[command], f"{page.name}: gptq-fn {command}{rest}"
+        for said in re.findall(r"`gptq-fn (\w[^`]*)`", page.read_text()):
+            command = joined(said.split())[0]
+            assert set(re.findall(r"--[a-z][a-z-]+", said)) <= options[command], f"{page.name}: gptq-fn {said}"
 
 
 def test_every_public_name_stands_in_the_reference() -> None:

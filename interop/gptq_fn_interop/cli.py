@@ -9,6 +9,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from gptq_fn import __version__
+from gptq_fn_interop.cli_cuda import build, listed
 from gptq_fn_interop.cli_eval import evaluate
 from gptq_fn_interop.cli_kernels import kernels
 from gptq_fn_interop.cli_quantize import Engine, quantize, say
@@ -51,13 +52,22 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "inspect": inspect,
     "kernels": kernels,
+    "kernels-build": build,
+    "kernels-list": listed,
     "sweep": sweep,
 }
 
 
+def joined(args: Sequence[str]) -> list[str]:
+    """The arguments with a command of two words as one: `kernels build` is a command beside `kernels DIRECTORY`."""
+    command = "-".join(args[:2])
+    return [command, *args[2:]] if command in COMMANDS else list(args)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; errors are one sentence and exit status 1."""
-    if list(sys.argv[1:] if args is None else args) == ["--version"]:
+    args = joined(sys.argv[1:] if args is None else args)
+    if args == ["--version"]:
         return out.print(f"gptq-fn {__version__}", highlight=False)
     keep_programs()
     try:
