@@ -3,9 +3,10 @@
     python examples/research.py --bits 2 3 4 --blocks 2
 
 Everything is a function of arrays: one calibration gives weights and Hessians, and any function (weight, Hessian, config) ->
-QuantizedLinear can be compared with GPTQ on them. Two are written here. `on_grid` is GPTQ with scales
-from a formula of yours: whatever maps a group of weights to a `Grid`. `sparing` is a rounding of yours, which leaves GPTQ to make
-good what it does: weights within 0.8 of a step around 0 become 0, so that codes can be compressed further.
+QuantizedLinear can be compared with GPTQ on them. Two things are written here. `normal_grid` is a search of yours: whatever maps a
+group of weights to a `Grid` may be the `grid` of a configuration, and so take part wherever one is given. `sparing` is a rounding of
+yours, which leaves GPTQ to make good what it does: weights within 0.8 of a step around 0 become 0, so that codes can be compressed
+further. Both also quantize whole models: what is told last.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,34 +30,17 @@ from gptq_fn import Grid, Hessian, QuantConfig, QuantizedLinear, Runtime
 CLIP = {2: 1.71, 3: 2.15, 4: 2.55, 8: 3.92}
 """So many standard deviations of normal weights are best covered by 2^bits levels (Banner et al. 2018, arXiv 1810.05723)."""
 
-FindGrid = Callable[[Float[Array, "out group"], int], Grid]
-"""The grid of each row of a group of weights, from the weights and the bits."""
 
-
-def normal_grid(w: Float[Array, "out group"], bits: int) -> Grid:
-    """The symmetric grid that suits normal weights of the rows' standard deviations. Scales are values of float16, as they are stored."""
-    scale = (2 * CLIP[bits] * w.std(1) / (2**bits - 1)).astype(jnp.float16).astype(jnp.float32)
-    return Grid(jnp.where(scale > 0, scale, 1.0), jnp.full(len(w), 2.0 ** (bits - 1)))
-
-
-@partial(jax.jit, static_argnames=("config", "find"))
-def on_grid(w: Float[Array, "out in"], h: Hessian, config: QuantConfig, find: FindGrid = normal_grid) -> QuantizedLinear:
-    """GPTQ on the grids that `find` gives each group of the original weights."""
-    n, f = w.shape[1], gptq_fn.factor(h, config)
-    width = min(config.group_size or n, n)
-    grids = [find(w[:, start : start + width], config.bits) for start in range(0, n, width)]
-    group, place = jnp.arange(n) // width, jnp.argsort(f.order)  # of each stored column: its group, and when it is rounded
-    of_columns = Grid(*(jnp.stack(a)[group[f.order]] for a in zip(*grids, strict=True)))  # [columns, out], in that order
-    columns = jnp.where(f.dead[None], 0.0, w)[:, f.order].T
-    codes, _ = Runtime().round_block(columns, f.upper, of_columns, config.bits)  # the whole loop of GPTQ
-    scale, zero = (jnp.stack(a, 1) for a in zip(*grids, strict=True))
-    return QuantizedLinear(codes[place].T, scale.astype(jnp.float16), zero.astype(jnp.uint8), group.astype(jnp.int32), config.bits)
+def normal_grid(w: Float[Array, "out group"], weight: Float[Array, " group"], config: QuantConfig) -> Grid:
+    """The symmetric grid that suits normal weights of the rows' standard deviations."""
+    deviation = jnp.sqrt((w**2).mean(1, where=(weight > 0)[None]))  # other columns fill up a narrower last group
+    return Grid(2 * CLIP[config.bits] * deviation / config.max_code, jnp.full(len(w), 2.0 ** (config.bits - 1)))
 
 
 def sparing(
     w: Float[Array, "columns out"], upper: Float[Array, "columns columns"], grid: Grid, bits: int
 ) -> tuple[UInt8[Array, "columns out"], Float[Array, "columns out"]]:
-    """The loop of GPTQ with a rounding of your own: what a `Runtime` takes as its round_block, for whole models, too."""
+    """The loop of GPTQ with a rounding of your own: what a `Runtime` takes as its round_block."""
 
     def column(w: Array, p: Array) -> tuple[Array, tuple[Array, Array]]:
         scale, zero = (jnp.take(a, p % len(a), axis=0) for a in grid)  # one grid for all columns, or one for each
@@ -72,10 +56,14 @@ def gptq(w: Float[Array, "out in"], h: Hessian, config: QuantConfig, **own: Any)
     return gptq_fn.solve(w, gptq_fn.factor(h, config), config, **own)[0]
 
 
+def on_normal_grid(w: Float[Array, "out in"], h: Hessian, config: QuantConfig) -> QuantizedLinear:
+    return gptq(w, h, replace(config, grid=normal_grid))
+
+
 WAYS: dict[str, Callable[..., QuantizedLinear]] = {
     "round to nearest": lambda w, h, config: gptq_fn.round_to_nearest(w, config),
     "GPTQ": gptq,
-    "GPTQ on a normal grid": on_grid,
+    "GPTQ on a normal grid": on_normal_grid,
     "GPTQ, sparing": partial(gptq, round_block=sparing),
 }
 
@@ -112,7 +100,8 @@ def main(model: str | None = None, bits: tuple[int, ...] = (3, 4), blocks: int =
     source = float_model(model)
     params, spec = files.load_gptq(source)
     spec, params = replace(spec, blocks=spec.blocks[:blocks]), {**params, "blocks": params["blocks"][:blocks]}
-    linears = [*calibrated(params, spec, tokens("pydoc", source, samples=samples, length=length))]
+    calib = tokens("pydoc", source, samples=samples, length=length)
+    linears = [*calibrated(params, spec, calib)]
 
     table = Table("", *(f"{b} bits" for b in bits), title=f"{source.name}: ||(W - Q) X|| / ||W X||, and the entropy of a code in bits")
     for name, way in WAYS.items():
@@ -123,6 +112,12 @@ def main(model: str | None = None, bits: tuple[int, ...] = (3, 4), blocks: int =
             cells.append(f"{jnp.sqrt(lost / whole):.4f}, {entropy / len(linears):.2f}")
         table.add_row(name, *cells)
     Console().print(table)
+
+    # The blocks as a model, each linear with the errors of those before it in its inputs.
+    config = QuantConfig(bits=bits[0], group_size=64, grid=normal_grid)  # type: ignore[arg-type]
+    for name, runtime in {"a normal grid": Runtime(), "a normal grid, sparing": Runtime(round_block=sparing)}.items():
+        report = gptq_fn.quantize(params, spec, calib, config, runtime=runtime).report
+        print(f"{blocks} blocks at {bits[0]} bits on {name}: error {report.error:.4f}, the largest {report.worst(1)[0].error:.4f}")
 
 
 if __name__ == "__main__":

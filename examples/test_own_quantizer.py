@@ -3,12 +3,13 @@
     pytest examples/test_own_quantizer.py
 
 A quantizer maps a weight [out, in] and the Hessian of its inputs to a QuantizedLinear. The right one below is GPTQ on a grid of our own,
-from `research.py`. Each wrong one has a mistake that is easy to make and hard to see: its results look like any others. The
+that of `research.py`. Each wrong one has a mistake that is easy to make and hard to see: its results look like any others. The
 strategies of `gptq_fn.testing` draw weights with outliers, constant and empty rows, and Hessians of correlated and dead inputs.
 Put your quantizer in the place of `right`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from research import normal_grid, on_grid
+from research import gptq, normal_grid
 
 import gptq_fn
 from gptq_fn import Grid, Hessian, QuantConfig, QuantizedLinear, testing
@@ -26,7 +27,7 @@ dequantize = jax.jit(gptq_fn.dequantize)
 Quantizer = Callable[[jax.Array, Hessian], QuantizedLinear]
 
 OUT, INPUTS = 6, 48
-CONFIG = QuantConfig(bits=4, group_size=16, damp=0.01, order="act", static_groups=True)
+CONFIG = QuantConfig(bits=4, group_size=16, damp=0.01, order="act", static_groups=True, grid=normal_grid)
 
 
 # The first draw of a test compiles, so there is no deadline; and to vary each part of a failing example takes longer than to find it.
@@ -36,26 +37,26 @@ settings.load_profile("here")
 
 
 def right(w: jax.Array, h: Hessian) -> QuantizedLinear:
-    return on_grid(w, h, CONFIG)
+    return gptq(w, h, CONFIG)
 
 
 def damped_absolutely(w: jax.Array, h: Hessian) -> QuantizedLinear:
     """Adds 1 to the diagonal, whatever the inputs' unit is."""
-    return on_grid(w, Hessian(h.xx + jnp.eye(INPUTS), h.rows), CONFIG)
+    return gptq(w, Hessian(h.xx + jnp.eye(INPUTS), h.rows), CONFIG)
 
 
-def widest(group: jax.Array, bits: int) -> Grid:
-    return Grid(*(jnp.full_like(a, a.max()) for a in normal_grid(group, bits)))
+def widest(group: jax.Array, weight: jax.Array, config: QuantConfig) -> Grid:
+    return Grid(*(jnp.full_like(a, a.max()) for a in normal_grid(group, weight, config)))
 
 
 def scaled_by_all_rows(w: jax.Array, h: Hessian) -> QuantizedLinear:
     """Takes the largest scale of all rows where each should have its own."""
-    return on_grid(w, h, CONFIG, widest)
+    return gptq(w, h, replace(CONFIG, grid=widest))
 
 
 def left_in_order(w: jax.Array, h: Hessian) -> QuantizedLinear:
     """Forgets to put the columns back where they were stored."""
-    q = on_grid(w, h, CONFIG)
+    q = gptq(w, h, CONFIG)
     return QuantizedLinear(q.codes[:, jnp.argsort(-jnp.diagonal(h.xx))], q.scale, q.zero, q.group_of, q.bits)
 
 

@@ -2,7 +2,7 @@
 
 from gptq_fn._allocate import allocate
 from gptq_fn._batches import Batch, Samples, embed_batches
-from gptq_fn._config import PRESETS, Preset, QuantConfig, Refinement, Rule, Search, preset
+from gptq_fn._config import PRESETS, FindGrid, Preset, QuantConfig, Refinement, Rule, Search, preset
 from gptq_fn._factor import Factor, factor
 from gptq_fn._grid import Grid, decode, encode, find_grid
 from gptq_fn._hessian import Hessian, add_rows, empty, merge
@@ -55,6 +55,7 @@ __all__ = [
     "BlockSpec",
     "DynamicScaling",
     "Factor",
+    "FindGrid",
     "FusedSpec",
     "Grid",
     "Hessian",

@@ -1,14 +1,26 @@
 """What to quantize and how: frozen descriptions that refuse what is impossible when they are built."""
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
+
+from jaxtyping import Array, Float
+
+from gptq_fn._grid import Grid
 
 Bits = Literal[2, 3, 4, 8]
 Order = Literal["natural", "act", "group"]
 Search = Literal["minmax", "mse", "hid", "loop"]
 Seen = Literal["routed", "all"]
 Refinement = Literal["descent", "refit"]
+
+FindGrid = Callable[[Float[Array, "out group"], Float[Array, " group"], "QuantConfig"], Grid]
+"""A search of your own: the grid of each row of a group of weights, float32, each row for itself. Beside the weights it gets what a
+squared rounding error of each column costs, once the columns behind make up for it, and the configuration. Columns that only fill
+up a narrower last group are weights of 0 whose errors cost 0. It is called while a program is traced, and is part of the key of that
+program: a lambda made anew for each call compiles anew. What it returns is rounded to what checkpoints store: scales to float16, zero
+points to codes, where `config.sym` to the middle one."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,10 @@ class QuantConfig:
     the stored groups ("group": g_idx stays trivial, so engines that refuse desc_act load the result)."""
     static_groups: bool = False
     """Take all scales from the original weights, by stored position, before the first column is rounded."""
-    grid: Search = "mse"
+    grid: Search | FindGrid = "mse"
     """How a group's scale is chosen: cover the range ("minmax"), or search for what makes an error least: that of rounding
     ("mse"), the same weighted by what each column's error costs once the columns behind make up for it ("hid"), or the
-    error that GPTQ itself makes in the group ("loop"; the slowest)."""
+    error that GPTQ itself makes in the group ("loop"; the slowest). Or a function of your own: see `FindGrid`."""
     negative_scales: bool = False
     """Symmetric grids that are searched for may get negative scales, which put the level that has no opposite on the positive side."""
     refine: tuple[Refinement, ...] = ()
@@ -75,8 +87,10 @@ class QuantConfig:
     def __post_init__(self) -> None:
         for name, kind in (("bits", Bits), ("order", Order), ("grid", Search), ("experts", Seen)):
             value = getattr(self, name)
-            if value not in get_args(kind):
+            if value not in get_args(kind) and not (name == "grid" and callable(value)):
                 raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}.")
+        if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise ValueError(f"rules must be a tuple of Rule, got {self.rules!r}.")
         if not isinstance(self.refine, tuple) or not set(self.refine) <= set(get_args(Refinement)):
             steps = " and ".join(map(repr, get_args(Refinement)))
             raise ValueError(f"refine must be a tuple of {steps}, as often as wanted, got {self.refine!r}.")
@@ -128,6 +142,18 @@ class QuantConfig:
     def max_code(self) -> int:
         """The largest code."""
         return 2**self.bits - 1
+
+    @property
+    def grid_name(self) -> str:
+        """How `grid` is called; a function by its module and name."""
+        if isinstance(self.grid, str):
+            return self.grid
+        return f"{self.grid.__module__}.{getattr(self.grid, '__qualname__', type(self.grid).__qualname__)}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready data."""
+        rules = [{"pattern": rule.pattern, "config": rule.config and rule.config.as_dict()} for rule in self.rules]
+        return asdict(replace(self, rules=())) | {"grid": self.grid_name, "rules": rules}
 
 
 Preset = Literal["fast", "default", "best"]

@@ -35,7 +35,11 @@ Multiply = Callable[[Float[Array, "n k"], Float[Array, "k m"]], Float[Array, "n 
 
 @partial(jax.jit, static_argnames="config")
 def factor(h: Hessian, config: QuantConfig) -> Factor:
-    """The factor of the damped inverse Hessian, with columns in the order that `config` asks for: see `factor_by`."""
+    """The factor of the damped inverse Hessian, float32, with columns in the order that `config` asks for.
+
+    Damping starts where `config` says and doubles until there is a factor. Nothing is raised: `damp` tells, by not being finite,
+    that no damping helped.
+    """
     return factor_by(product, h, config)
 
 

@@ -116,6 +116,20 @@ def cheapest_grid(w: Float[Array, "out group"], cost: Cost, *, bits: int, sym: b
     return shrunk(factors[jnp.argmin(found, 0)], low, high)  # of equals, the first
 
 
+def storable(grid: Grid, w: Float[Array, "out group"], *, bits: int, sym: bool) -> Grid:
+    """The grid of the rows of `w` that checkpoints can hold: scales in float16, of which none is 0, and zero points among the codes,
+    where `sym` the middle one. Raises ValueError where it is not a scale and a zero point for each row."""
+    if found := [a.shape for a in grid if a.shape != w.shape[:1]]:
+        raise ValueError(
+            f"A grid of {len(w)} rows has a scale and a zero point for each, in arrays [{len(w)}]; got one of {list(found[0])}."
+        )
+    scale = grid.scale.astype(SCALE_DTYPE).astype(w.dtype)
+    scale = jnp.where(scale == 0, 1.0, scale)
+    if sym:
+        return Grid(scale, jnp.full_like(scale, 2 ** (bits - 1)))
+    return Grid(scale, jnp.clip(jnp.round(grid.zero.astype(w.dtype)), 0, 2**bits - 1))
+
+
 def _range(w: Float[Array, "out group"], sym: bool) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
     """The least and the largest weight of each row, or zero; of opposite values where `sym`."""
     low, high = jnp.minimum(w.min(1), 0.0), jnp.maximum(w.max(1), 0.0)

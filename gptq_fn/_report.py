@@ -93,7 +93,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data."""
-        return asdict(self)
+        return asdict(self) | {"config": self.config.as_dict()}
 
 
 def stored_bits(shape: tuple[int, int], bits: int, group_size: int | None) -> int:

@@ -52,10 +52,12 @@ class Runtime:
     observe: Callable[[Sequence[str], Hessian], None] | None = None
     """Called with every Hessian and the names of the linears that are solved from it, before they are."""
     round_block: RoundBlock = round_in_loops
-    """Rounds a block of columns of the weights that are solved; `gptq_fn.kernels.round_block()` is this machine's fastest."""
+    """Rounds a block of columns of the weights that are solved: a function (weights [columns, out], the factor's square on these
+    columns [columns, columns], their `Grid` of [1, out] or [columns, out], bits) -> (codes uint8 [columns, out], rounding errors divided by
+    the factor's diagonal [columns, out]). By default plain JAX; `gptq_fn.kernels.round_block()` is this machine's fastest."""
     tokens_per_call: int | None = None
-    """Calibration tokens that pass through a block at once on each device; None means 512 on CPUs, where those of few stay in
-    cache, and 16384 elsewhere. A sample is never cut.
+    """Calibration tokens that pass through a block at once on each device; None means 2048 on CPUs, where more leave the
+    caches, and 16384 elsewhere. A sample is never cut.
 
     It changes results by float rounding only, which codes amplify: one that flips at a tie changes what all later linears see. In
     a random model of four blocks of width 256, 64 tokens instead of 2048 changed no code of the first block in float32 and 2 % in
@@ -72,4 +74,4 @@ class Runtime:
     @property
     def tokens(self) -> int:
         """How many calibration tokens pass through a block at once on each device."""
-        return self.tokens_per_call or (512 if jax.default_backend() == "cpu" else 16384)
+        return self.tokens_per_call or (2048 if jax.default_backend() == "cpu" else 16384)

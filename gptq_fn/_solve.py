@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from gptq_fn._config import QuantConfig
 from gptq_fn._factor import Factor
-from gptq_fn._grid import SCALE_DTYPE, Grid, cheapest_grid, decode, encode, find_grid
+from gptq_fn._grid import SCALE_DTYPE, Grid, cheapest_grid, decode, encode, find_grid, storable
 from gptq_fn._product import product
 from gptq_fn._quantized import QuantizedLinear
 
@@ -62,7 +62,9 @@ def solve(
 ) -> tuple[QuantizedLinear, Float[Array, " out"]]:
     """The quantized weight, and for each row the objective (w - q) H (w - q)^T under the damped Hessian.
 
-    The rows of `w` are independent of each other: linears that read the same input may be stacked.
+    The rows of `w` are independent of each other: linears that read the same input may be stacked. `w` may be of any floating type
+    and is solved in float32, in which the objective is; scales are float16, codes and zero points uint8. Weights that are not
+    finite give codes without meaning: `quantize_linears` refuses them.
     """
     n = w.shape[1]
     w = jnp.where(factor.dead[None], 0.0, w.astype(jnp.float32))
@@ -73,20 +75,21 @@ def solve(
     group = (factor.order if by_place else turn) // width  # the group of the column that is processed p-th
     place = jnp.zeros_like(turn).at[factor.order].set(turn, unique_indices=True)  # of each stored column among the processed
     if config.static_groups:
-        stored = _stored_grids(w, config, _cost_of_errors(factor.upper)[place] if config.grid == "hid" else None)
-        slot, block, find = turn, _PANEL, partial(_look_up, stored, jnp.pad(group, (0, _round_up(n, _PANEL) - n)))
+        stored = _stored_grids(w, config, _cost_of_errors(factor.upper)[place])
+        slot, block = turn, _PANEL
     else:
         # Blocks are of one width, so a narrower last group is filled up with empty columns where it ends.
         stored, last_end = None, jnp.max(jnp.where(group == groups - 1, turn, 0))
         slot = turn + jnp.where(turn > last_end, groups * width - n, 0)
         block = width if groups > 1 else _round_up(n, _PANEL)
-        find = partial(_fit, config, round_block)
 
     widths = _widths(block)
     size = _round_up(n, widths[0])
     columns = _spread(w.T[factor.order], slot, size)
     upper = _spread(_spread(factor.upper, slot, size).T, slot, size).T
-    upper = upper + jnp.diag(jnp.ones(size, upper.dtype).at[slot].set(0.0))
+    empty = jnp.ones(size, upper.dtype).at[slot].set(0.0)
+    upper = upper + jnp.diag(empty)
+    find = partial(_fit, config, round_block, empty) if stored is None else partial(_look_up, stored, jnp.pad(group, (0, size - n)))
     codes, errors, found = _round_columns(columns, upper, find, widths, round_block, config.bits)
 
     if stored is None:
@@ -106,11 +109,12 @@ def solve(
 def round_to_nearest(w: Float[Array, "out in"], config: QuantConfig) -> QuantizedLinear:
     """Every weight at its nearest level, on grids by stored position: what quantization costs without calibration.
 
-    Where `config.grid` is a search that needs a Hessian, "hid" or "loop", grids are those of "mse".
+    Where `config.grid` is a search that needs a Hessian, "hid" or "loop", grids are those of "mse"; to a function of your own,
+    errors cost alike in all columns.
     """
     w = w.astype(jnp.float32)
     n = w.shape[1]
-    grid = _stored_grids(w, config, None)
+    grid = _stored_grids(w, config, jnp.ones(n, w.dtype))
     group = jnp.arange(n, dtype=jnp.int32) // group_width(n, config)
     levels = jnp.round(w / grid.scale[:, group]) + grid.zero[:, group]
     codes = jnp.clip(levels, 0, config.max_code).astype(jnp.uint8)
@@ -124,9 +128,14 @@ def _look_up(stored: Grid, group: Int[Array, " in"], w: Float[Array, "columns ou
 
 
 def _fit(
-    config: QuantConfig, round_block: RoundBlock, w: Float[Array, "columns out"], upper: Float[Array, "columns columns"], _: Array
+    config: QuantConfig,
+    round_block: RoundBlock,
+    empty: Float[Array, " in"],
+    w: Float[Array, "columns out"],
+    upper: Float[Array, "columns columns"],
+    first: Int[Array, ""],
 ) -> Grid:
-    """The grid that suits these weights as they are now."""
+    """The grid that suits these weights, which begin at position `first`, as they are now; `empty` is 1 for columns that only fill up."""
     if config.grid == "loop":
 
         def cost(grid: Grid) -> Float[Array, " rows"]:
@@ -136,14 +145,17 @@ def _fit(
 
         found = cheapest_grid(w.T, cost, bits=config.bits, sym=config.sym, negative=config.either_sign)
     else:
-        found = _searched(config, w.T, _cost_of_errors(upper) if config.grid == "hid" else None)
+        found = _searched(config, w.T, _cost_of_errors(upper) * (1 - jax.lax.dynamic_slice_in_dim(empty, first, len(w))))
     return Grid(*(a[None] for a in found))
 
 
-def _searched(config: QuantConfig, w: Float[Array, "out group"], weight: Float[Array, " group"] | None) -> Grid:
-    """A grid for each row by the search of `config`, with rounding errors weighted where there is a `weight`."""
+def _searched(config: QuantConfig, w: Float[Array, "out group"], weight: Float[Array, " group"]) -> Grid:
+    """A grid for each row by the search of `config`, with rounding errors weighted where that heeds it."""
+    if callable(config.grid):
+        return storable(Grid(*config.grid(w, weight, config)), w, bits=config.bits, sym=config.sym)
     method = "minmax" if config.grid == "minmax" else "mse"
-    return find_grid(w, bits=config.bits, sym=config.sym, method=method, weight=weight, negative=config.either_sign)
+    heeded = weight if config.grid == "hid" else None
+    return find_grid(w, bits=config.bits, sym=config.sym, method=method, weight=heeded, negative=config.either_sign)
 
 
 def _cost_of_errors(upper: Float[Array, "columns columns"]) -> Float[Array, " columns"]:
@@ -248,11 +260,11 @@ def _spread(rows: Float[Array, "n m"], slot: Int[Array, " n"], size: int) -> Flo
     return jnp.zeros((size, rows.shape[1]), rows.dtype).at[slot].set(rows, unique_indices=True)
 
 
-def _stored_grids(w: Float[Array, "out in"], config: QuantConfig, weight: Float[Array, " in"] | None) -> Grid:
-    """Scales and zero points [out, groups] of the groups as they lie in the row, with rounding errors weighted where asked."""
+def _stored_grids(w: Float[Array, "out in"], config: QuantConfig, weight: Float[Array, " in"]) -> Grid:
+    """Scales and zero points [out, groups] of the groups as they lie in the row, with rounding errors weighted where that counts."""
     out, n = w.shape
     width = group_width(n, config)
     missing = _round_up(n, width) - n
     full = jnp.pad(w, ((0, 0), (0, missing))).reshape(out, -1, width)
-    each = None if weight is None else jnp.pad(weight, (0, missing)).reshape(-1, width)
+    each = jnp.pad(weight, (0, missing)).reshape(-1, width)
     return jax.vmap(partial(_searched, config), in_axes=(1, 0), out_axes=1)(full, each)

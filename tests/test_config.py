@@ -31,6 +31,8 @@ def test_a_config_is_a_key(config):
         ),
         ({"damp": -0.1}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got -0.1."),
         ({"damp": 1.0}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got 1.0."),
+        ({"rules": ("a",)}, "rules must be a tuple of Rule, got ('a',)."),
+        ({"rules": [Rule("a")]}, "rules must be a tuple of Rule, got [Rule(pattern='a', config=None)]."),
         ({"damp": float("nan")}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got nan."),
     ],
 )

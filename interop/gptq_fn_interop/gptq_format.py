@@ -55,7 +55,7 @@ def described_by(config: QuantConfig, *, head: bool) -> dict[str, Any]:
         "meta": {
             "quantizer": [f"gptq_fn:{version('gptq-fn')}"],
             "act_group_aware": config.order == "group",
-            "grid": config.grid,
+            "grid": config.grid_name,
             "negative_scales": config.either_sign,
         },
     }

@@ -49,7 +49,7 @@ def identity(
     means = {f.name: _told(getattr(runtime, f.name)) for f in fields(runtime) if f.name not in NEUTRAL}
     libraries = {name: version(name) for name in ("gptq-fn", "jax", "jaxlib")}
     found = {
-        "config": asdict(config),
+        "config": config.as_dict(),
         "source": {"config.json": checkpoint.config, "files": [_of_file(path) for path in checkpoint.files]},
         "description of the model": _digest(repr(spec).encode()),
         "calibration tokens": _digest(*(part for sample in calib for part in _of_array(np.asarray(sample)))),
