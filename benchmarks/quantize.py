@@ -141,7 +141,7 @@ class Watch:
     def __init__(self, traces: Path | None, last: int):
         self.began, self.done, self._traces, self._last = time.perf_counter(), [], traces, last
 
-    def __call__(self, done: int, total: int, _: object) -> None:
+    def __call__(self, done: int, total: int) -> None:
         self.done.append(time.perf_counter() - self.began)
         print(f"  block {done} of {total} after {self.done[-1]:.2f} s", flush=True)
         if self._traces is not None and done == 1:

@@ -51,7 +51,7 @@ def main(
             destination,
             calib,
             config,
-            progress=lambda done, of, _: advance(done, of),
+            progress=advance,
             runtime=replace(default_runtime(), store=interop.on_disk(waiting)),
             resume=resume,
         )

@@ -53,7 +53,7 @@ def main(
 
     with progress("Quantizing blocks") as advance:
         config = preset("default", bits=bits, group_size=128)  # type: ignore[arg-type]
-        report = interop.quantize_checkpoint(source, destination, calib, config, progress=lambda done, of, _: advance(done, of))
+        report = interop.quantize_checkpoint(source, destination, calib, config, progress=advance)
     print(report.table(report.worst(3)))
     print(f"The quantized model is in {destination}")
 

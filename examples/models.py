@@ -22,7 +22,7 @@ def in_4_bits(source: Path, build: Path = BUILD) -> Path:
     if not destination.exists():
         calib = tokens("pydoc", source, samples=32, length=512)
         with progress("Quantizing blocks") as advance:
-            quantize_checkpoint(source, destination, calib, progress=lambda done, of, _: advance(done, of))
+            quantize_checkpoint(source, destination, calib, progress=advance)
     return destination
 
 

@@ -39,9 +39,7 @@ def main(model: str | None = None, destination: Path | None = None, prompt: str 
     calib = interop.tokens("pydoc", tokenizer, samples=samples, length=length)
 
     with progress("Quantizing blocks") as advance:
-        report = interop.quantize_model(
-            quantized, calib, preset("default", bits=4, group_size=128), progress=lambda done, of, _: advance(done, of)
-        )
+        report = interop.quantize_model(quantized, calib, preset("default", bits=4, group_size=128), progress=advance)
     print(f"{len(report.linears)} linears at {report.bits_per_weight:.2f} bits a weight; those with the largest errors:")
     print(report.table(report.worst(3)))
     quantized.save_pretrained(destination)

@@ -44,7 +44,7 @@ def main() -> None:
     calib = tokens(args.data, source, samples=args.samples, length=512)
     hessians = folder / "hessians"
     with progress("Calibrating: quantizing blocks") as advance:
-        quantize_checkpoint(source, folder / "quantized", calib, hessians=hessians, progress=lambda done, total, _: advance(done, total))
+        quantize_checkpoint(source, folder / "quantized", calib, hessians=hessians, progress=advance)
 
     configs = [QuantConfig(bits=bits, group_size=size) for size in args.group_size for bits in args.bits]
     with progress("Solving from Hessians") as advance:

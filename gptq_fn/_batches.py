@@ -15,6 +15,7 @@ from gptq_fn._mesh import PARTS, WHOLE, placed, size, split
 from gptq_fn._programs import program
 from gptq_fn._runtime import Runtime
 from gptq_fn._target import ALONE, shares
+from gptq_fn.check import check_tokens
 from gptq_fn.model.decoder import embed
 from gptq_fn.spec import ModelSpec
 
@@ -55,7 +56,9 @@ def embed_batches(
     Samples of one length are not padded. Others are, to the next power of two, so that a block compiles for few shapes.
     Computation runs in `dtype`, by default that of the embedding. With a mesh, each device holds as many samples of a batch.
     `beside` begins the float stream, too, with as many samples as it needs: both streams are the same at the first block.
+    Raises ValueError for samples that are not token ids of the model.
     """
+    check_tokens(calib, top["embed"]["weight"].shape[0])
     runtime = runtime or Runtime()
     shell, devices = replace(spec, blocks=()), size(runtime.mesh)
     top = placed({role: leaf for role, leaf in top.items() if role in _EMBEDDING}, runtime.mesh, WHOLE)

@@ -1,8 +1,11 @@
-"""Whether a spec describes the tensors that exist, before any of them is read."""
+"""Whether a spec describes the tensors that exist, before any of them is read, and whether calibration tokens are the model's."""
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 from gptq_fn.spec import INNER_NORMS, AttentionSpec, BlockSpec, MlpSpec, ModelSpec, MoeSpec, Tap
 
@@ -164,3 +167,18 @@ def _distinct(spec: ModelSpec) -> Iterator[tuple[int, BlockSpec]]:
     for i, block in enumerate(spec.blocks):
         first.setdefault(block, i)
     yield from ((i, block) for block, i in first.items())
+
+
+def check_tokens(calib: Iterable[Any], vocabulary: int) -> None:
+    """Raise ValueError unless `calib` is token ids below `vocabulary`: an array [samples, time], or samples of any lengths."""
+    samples = [np.asarray(sample) for sample in calib]
+    if odd := [x for x in samples if x.ndim != 1 or not x.size or not np.issubdtype(x.dtype, np.integer)]:
+        raise ValueError(
+            "Calibration tokens are whole numbers [samples, time], or a sequence of samples [time]; "
+            f"got a sample of {odd[0].dtype} {list(odd[0].shape)}."
+        )
+    if not samples:
+        raise ValueError("There are no calibration samples; give some token ids [samples, time].")
+    low, high = min(int(x.min()) for x in samples), max(int(x.max()) for x in samples)
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"Calibration tokens reach from {low} to {high} but the model knows {vocabulary}: another tokenizer made them.")

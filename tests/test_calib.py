@@ -53,6 +53,19 @@ def test_too_little_text_is_refused(model: Path) -> None:
         tokens(["short"], model, samples=4, length=512)
 
 
+@pytest.mark.parametrize("data", ["words.txt", "./words", "~/words", "no/such/words.jsonl"])
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", None)
+    with pytest.raises(ValueError, match=f"There is no file '{data}'; give a text file"):
+        next(documents(data))
+
+
+@pytest.mark.parametrize(("samples", "length"), [(0, 8), (2, 0)])
+def test_no_samples_and_no_tokens_are_refused(model: Path, samples: int, length: int) -> None:
+    with pytest.raises(ValueError, match=f"{samples} samples of {length} tokens were asked for"):
+        tokens("pydoc", model, samples=samples, length=length)
+
+
 def test_files_and_datasets_by_path(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("words and more words " * 100, "utf-8")

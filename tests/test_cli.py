@@ -120,11 +120,31 @@ def test_kernels_fails_in_sentences(source: Path, quantized: Path, capsys: pytes
         assert "no GPU here to measure on" in failure(capsys, "kernels", "--device", "cuda", "--time")
 
 
+def test_help_names_what_a_command_takes_and_is_not_cut_into_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    said = {}
+    for command, taken in {"quantize": "SOURCE DESTINATION", "eval": "MODEL", "report": "DIRECTORY", "sweep": "SOURCE"}.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said[command] = capsys.readouterr().out
+        assert said[command].splitlines()[0].endswith(taken)
+    assert "on the destination's disk they leave that of the device free." in said["quantize"]  # of the function
+    assert "None means inputs / rows, from 0.01 to 1" in said["quantize"]  # of QuantConfig
+    assert "128 or, with --for, the first of 128, 64 and 32 that" in said["quantize"]  # of what replaces it
+    assert any(line.strip("│ ").startswith('"strided": windows') for line in said["eval"].splitlines())
+
+
 def test_failures_are_sentences(source: Path, quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = str(tmp_path / "new")
     assert "no config.json" in failure(capsys, "quantize", str(tmp_path), new)
     assert "is quantized already" in failure(capsys, "quantize", str(quantized), new, *SMALL)
     assert "exists already" in failure(capsys, "quantize", str(source), str(quantized), *SMALL)
+    (tmp_path / "file").write_text("")
+    assert "is a file; give the directory" in failure(capsys, "quantize", str(source / "config.json"), new, *SMALL)
+    assert "cannot be made, since" in failure(capsys, "quantize", str(source), str(tmp_path / "file" / "new"), *SMALL)
+    (tmp_path / "file").unlink()
     assert "A rule reads" in failure(capsys, "quantize", str(source), new, "--rule", "down", *SMALL)
     assert "must be positive" in failure(capsys, "quantize", str(source), new, "--rule", "x => group_size=0", *SMALL)
     assert "no file 'no/such/data'" in failure(capsys, "quantize", str(source), new, "--data", "no/such/data", *SMALL)

@@ -265,3 +265,8 @@ def test_gptqmodel_loads_what_we_write(case, tmp_path):
         logits = theirs(torch.from_numpy(TOKENS)).logits.float().numpy()
     expected = np.asarray(forward(spec, params, jnp.asarray(TOKENS, jnp.int32)))
     assert np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_another_engine_is_told_which_there_are(tmp_path):
+    with pytest.raises(ValueError, match="no engine 'vlm' here, but transformers,"):
+        refusals("vlm", inspect(written(tmp_path / "q", QuantConfig(4, 16))))

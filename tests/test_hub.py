@@ -71,5 +71,5 @@ def test_what_was_loaded_once_loads_without_a_hub(pushed: tuple[Case, Path, Repo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert (local("somebody/plain") / "model.safetensors").exists()
-    with pytest.raises(ValueError, match="somebody/other is not a directory, and the hub has no such model"):
+    with pytest.raises(ValueError, match="somebody/other is not a directory here, and no model of this name could be fetched"):
         local("somebody/other")

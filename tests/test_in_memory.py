@@ -15,7 +15,7 @@ from gptq_fn_interop.stream import quantize_checkpoint
 from gptq_fn_interop.traced import TracedReport
 from safetensors.torch import load_file
 
-from gptq_fn import QuantConfig, Rule
+from gptq_fn import QuantConfig, Rule, interop
 
 register()
 CONFIG = QuantConfig(4, 16, grid="minmax", min_rows=4)
@@ -55,7 +55,7 @@ def test_the_model_is_that_of_the_checkpoint(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "dense")
     on_disk = quantize_checkpoint(tmp_path / "dense", tmp_path / "on_disk", SAMPLES, how)
     seen = []
-    report = quantize_model(model, SAMPLES, how, progress=lambda done, total, reports: seen.append((done, total)))
+    report = quantize_model(model, SAMPLES, how, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 2), (2, 2)]
     assert [x.name for x in report.linears] == [x.name for x in on_disk.linears]
     assert not isinstance(report, TracedReport)
@@ -98,3 +98,10 @@ def test_tokens_that_are_none_are_refused(samples: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize_model(model, samples, CONFIG)
     assert torch.equal(before, logits(model))
+
+
+def test_what_is_no_model_is_told_where_to_go() -> None:
+    with pytest.raises(TypeError, match="takes a torch model, not a str; quantize_checkpoint takes directories"):
+        quantize_model("path/to/model", SAMPLES)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="takes a transformers model, not a str; load_gptq reads directories"):
+        interop.from_hf("path/to/model")  # pyright: ignore[reportArgumentType]

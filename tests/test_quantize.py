@@ -34,6 +34,7 @@ from gptq_fn import (
     quantize_blocks,
     round_to_nearest,
 )
+from gptq_fn.check import check_tokens
 from gptq_fn.spec import TAPS
 
 WIDTH, HIDDEN, VOCAB = 32, 48, 61
@@ -320,6 +321,36 @@ def test_a_sample_that_is_not_finite_is_named(value):
     assert len(embed_batches(spec, params["top"], tokens)) > 1
     with pytest.raises(ValueError, match=r"blocks\.0\.q: calibration sample 44 makes its input infinite or NaN"):
         quantize(params, spec, jnp.asarray(tokens), BY_HAND)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (np.ones((2, 8), np.float32), r"whole numbers \[samples, time\], .*; got a sample of float32 \[8\]"),
+        (np.ones(8, np.int32), r"got a sample of int32 \[\]"),
+        (["text"], r"got a sample of <U4 \[\]"),
+        (np.ones((0, 8), np.int32), "There are no calibration samples"),
+        (np.full((2, 8), 50), "reach from 50 to 50 but the model knows 50: another tokenizer"),
+        ([np.asarray([0, -1])], "reach from -1 to 0"),
+    ],
+)
+def test_what_is_no_tokens_of_the_model_is_refused(tokens, said):
+    with pytest.raises(ValueError, match=said):
+        check_tokens(tokens, 50)
+
+
+def test_a_models_own_vocabulary_counts():
+    spec = model(GATED, 1)
+    with pytest.raises(ValueError, match="reach from 1000 to 1000 but the model knows"):
+        quantize(random_params(spec), spec, np.full((2, 8), 1000), BY_HAND)
+
+
+def test_what_is_quantized_is_not_quantized_again():
+    spec = model(GATED, 1)
+    params = random_params(spec)
+    again = {**params["blocks"][0], "q": round_to_nearest(params["blocks"][0]["q"]["weight"], BY_HAND)}
+    with pytest.raises(ValueError, match="quantized already; quantize the float ones"):
+        quantize({**params, "blocks": [again]}, spec, np.ones((1, 2), np.int32), BY_HAND)
 
 
 def test_a_weight_that_lies_the_wrong_way_is_named():

@@ -281,7 +281,7 @@ def test_the_model_is_left_as_it_was(name: str, fails: bool, tmp_path: Path) -> 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     values = {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
-    def progress(done: int, blocks: int, reports: Any) -> None:
+    def progress(done: int, blocks: int) -> None:
         if fails and done == 2:
             raise KeyboardInterrupt
 

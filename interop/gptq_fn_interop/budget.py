@@ -43,6 +43,7 @@ from gptq_fn import (
     run_block,
     stored_bits,
 )
+from gptq_fn.check import check_tokens
 from gptq_fn.model.decoder import unembed
 from gptq_fn_interop.checkpoint import Checkpoint, read_json
 from gptq_fn_interop.engines import FUSED
@@ -52,7 +53,7 @@ from gptq_fn_interop.processes import by_first
 from gptq_fn_interop.resume import identity
 from gptq_fn_interop.runtime import default_runtime
 from gptq_fn_interop.shards import write_json
-from gptq_fn_interop.stream import check_tokens, compute_dtype, open_source
+from gptq_fn_interop.stream import compute_dtype, open_source
 from gptq_fn_interop.sweep import leaves_of, plan_of, solve_from
 
 EXPERT_TAPS = ("expert_in", "expert_down_in")

@@ -39,6 +39,9 @@ HUB: dict[str, HubData] = {
 }
 """Short names of the calibration sets that people use."""
 
+FILES = (".json", ".jsonl", ".md", ".rst", ".text", ".txt")
+"""How names end that are not looked for on the hub."""
+
 
 def tokens(
     data: str | Iterable[str], tokenizer: Any, *, samples: int, length: int, split: Split = "calibration", seed: int | None = 0
@@ -50,6 +53,8 @@ def tokens(
     checkpoint or a transformers tokenizer. No special tokens are added and no global random state is touched. Raises
     ValueError where the text is too short, and OSError or ValueError where there is no such data.
     """
+    if samples < 1 or length < 1:
+        raise ValueError(f"{samples} samples of {length} tokens were asked for; both numbers are 1 or more.")
     encode = encoder(tokenizer)
     stream: list[int] = []
     wanted = samples * length
@@ -117,6 +122,8 @@ def _hub(data: str, split: Split) -> Iterator[str]:
         import datasets
     except ImportError:
         raise ValueError(f"{data!r} is neither 'pydoc' nor a file; for hub datasets, pip install datasets.") from None
+    if not Path(data).exists() and (data.startswith((".", "/", "~")) or Path(data).suffix in FILES):
+        raise ValueError(f"There is no file {data!r}; give a text file, 'pydoc', or the name of a hub dataset.")
     known = HUB.get(data, HubData(data, "text", "train", "test"))
     part = known.calibration if split == "calibration" else known.evaluation
     try:

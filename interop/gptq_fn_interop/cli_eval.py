@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from gptq_fn_interop import evaluation
 from gptq_fn_interop.calib import tokens
 from gptq_fn_interop.checkpoint import Checkpoint
-from gptq_fn_interop.console import out, progress
+from gptq_fn_interop.console import flowing, out, progress
 from gptq_fn_interop.hub import local
 from gptq_fn_interop.predictors import Way, load_predictor, positions
 from gptq_fn_interop.windows import Window, chunks, prefix, strided, text_tokens
@@ -22,8 +22,9 @@ from gptq_fn_interop.windows import Window, chunks, prefix, strided, text_tokens
 Form = Literal["samples", "strided", "chunks"]
 
 
+@flowing
 def evaluate(
-    model: Positional[str],
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
     reference: Annotated[str | None, arg(aliases=["--compare"])] = None,
     data: str | None = None,
     windows: Form | None = None,

@@ -13,31 +13,36 @@ from jax.sharding import Mesh
 from tyro.conf import Positional, Suppress, arg
 
 from gptq_fn import FAMILIES, ON_DEVICE, ON_HOST, Preset, QuantConfig, Refinement, Report, Rule, Runtime, Search, preset
-from gptq_fn_interop.console import out, progress
+from gptq_fn_interop.console import flowing, out, progress
 from gptq_fn_interop.report import PAGE, Origin, read_report, write_page
 
 Engine = Literal["transformers", "transformers+gptqmodel", "gptqmodel", "vllm", "sglang", "exllamav2", "llama.cpp"]
 
 
+@flowing
 @dataclass(frozen=True)
 class _Options(QuantConfig):
-    """The options of QuantConfig, with rules given as text instead. They are checked when a QuantConfig is made of them."""
+    """The options of QuantConfig, with rules given as text instead. They are checked when a QuantConfig is made of them.
+
+    Args:
+        group_size: Consecutive inputs that share a scale; None means that a whole row does. "auto" is 128 or, with --for, the first
+            of 128, 64 and 32 that the engine loads.
+        grid: How a group's scale is chosen: cover the range ("minmax"), or search for what makes an error least: that of rounding
+            ("mse"), the same weighted by what each column's error costs ("hid"), or the error that GPTQ itself makes in the group
+            ("loop"; the slowest).
+        negative_scales: Whether symmetric grids that are searched for may get negative scales.
+        refine: What follows the pass over the columns, in this order and as often as named: better codes ("descent"), better scales
+            ("refit").
+        alpha: How much of what rounding before a linear changed in its inputs the linear makes good, from 0 to 1. Unless 0, the float
+            model runs beside. None means the best for calibration samples that are held out.
+    """
 
     group_size: int | Literal["auto"] | None = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Consecutive inputs that share a scale; None means that a whole row does. "auto" is 128 or, with --for, the first of 128,
-    64 and 32 that the engine loads."""
     rules: Suppress[tuple[Rule, ...]] = ()
     grid: Search | Literal["preset"] = "preset"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """How a group's scale is chosen: cover the range ("minmax"), or search for what makes an error least: that of rounding
-    ("mse"), the same weighted by what each column's error costs ("hid"), or the error that GPTQ itself makes in the group
-    ("loop"; the slowest)."""
     negative_scales: bool | Literal["preset"] = "preset"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Whether symmetric grids that are searched for may get negative scales."""
     refine: tuple[Refinement, ...] | Literal["preset"] = "preset"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What follows the pass over the columns, in this order and as often as named: better codes ("descent"), better scales ("refit")."""
     alpha: float | Literal["preset"] | None = "preset"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """How much of what rounding before a linear changed in its inputs the linear makes good, from 0 to 1. Unless 0, the float model
-    runs beside. None means the best for calibration samples that are held out."""
 
     def __post_init__(self) -> None:
         """Nothing is refused yet."""
@@ -48,9 +53,10 @@ class _Options(QuantConfig):
         return preset(base, **{name: value for name, value in given.items() if value != "preset"})
 
 
+@flowing
 def quantize(
-    source: Positional[str],
-    destination: Positional[Path],
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    destination: Annotated[Positional[Path], arg(metavar="DESTINATION")],
     options: Annotated[_Options, arg(name="")] = _Options(),
     base: Annotated[Preset, arg(name="preset")] = "default",
     engine: Annotated[Engine | None, arg(name="for")] = None,
@@ -137,7 +143,7 @@ def quantize(
         if engine:
             require(directory, config, engine)
     with progress("Quantizing blocks", shown=not out.quiet) as advance:
-        report = run(calib, config, destination, progress=lambda done, total, _: advance(done, total))
+        report = run(calib, config, destination, progress=advance)
     out.print(report.table(report.worst(5)), highlight=False)
     out.print(
         f"{destination}: {len(report.linears)} linears at {report.bits_per_weight:.2f} bits a weight "
@@ -146,8 +152,8 @@ def quantize(
     if report.restored:
         learned, held = report.restored
         out.print(
-            f"Making good what earlier rounding changed took {learned:.2%} of the outputs' energy off the errors of a linear on the "
-            f"calibration samples and {held:.2%} on those held out" + ("; more samples would help." if held < learned / 2 else ".")
+            f"Linears also make good what rounding before them changed: {learned:.2%} of their outputs' energy on the calibration samples, "
+            f"{held:.2%} on samples held out" + ("; more --samples would help." if held < learned / 2 else ".")
         )
     if report.rounded:
         out.print(f"{len(report.rounded)} of them saw fewer than {config.min_rows} calibration tokens and were rounded to nearest.")

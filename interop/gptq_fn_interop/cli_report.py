@@ -5,12 +5,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from gptq_fn_interop.console import out
+from gptq_fn_interop.console import flowing, out
 from gptq_fn_interop.report import PAGE, draw_figures, read_report, write_page
 
 
+@flowing
 def report(
-    directory: Positional[Path],
+    directory: Annotated[Positional[Path], arg(metavar="DIRECTORY")],
     to: Path | None = None,
     evaluations: Annotated[tuple[Path, ...], arg(name="eval")] = (),
     figures: Path | None = None,

@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 
 from gptq_fn import QuantConfig, Report
 from gptq_fn_interop.cli_quantize import parse_rule
-from gptq_fn_interop.console import out, progress
+from gptq_fn_interop.console import flowing, out, progress
 
 COLUMNS: tuple[str, ...] = (
     "linear",
@@ -33,8 +33,9 @@ COLUMNS: tuple[str, ...] = (
 """Of a CSV file: a row for each linear of each setting."""
 
 
+@flowing
 def sweep(
-    source: Positional[str],
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
     hessians: Path,
     bits: tuple[Literal[2, 3, 4, 8], ...] = (2, 3, 4, 8),
     group_size: tuple[int | None, ...] = (128,),

@@ -1,12 +1,33 @@
 """What the commands print to: results, problems and progress."""
 
+import inspect
+import re
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import TypeVar
 
+from docstring_parser import parse_from_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 out = Console()
 problems = Console(stderr=True)
+
+Command = TypeVar("Command", bound=Callable[..., None] | type)
+
+
+def flowing(command: Command) -> Command:
+    """The command, or a class of options, with the help of each option in one paragraph that terminals can wrap.
+
+    Lines of a docstring's Args that begin with a quote, as those that tell what each value means, stay lines. Fields that a class
+    inherits are told as their own docstrings do, unless its Args tell of them.
+    """
+    told = inspect.cleandoc(command.__doc__ or "")
+    bases = getattr(command, "__mro__", ())[1:-1]  # none of a function
+    for field in (field for base in bases for field in parse_from_object(base).params):
+        told = told.replace("\nArgs:\n", f"\nArgs:\n    {field.arg_name}: {' '.join((field.description or '').split())}\n")
+    command.__doc__ = re.sub(r'\n {8,}(?!")', " ", told)
+    return command
 
 
 @contextmanager

@@ -35,7 +35,9 @@ class Refusal:
 
 
 def refusals(engine: str, found: Inspection) -> tuple[Refusal, ...]:
-    """Every reason why this engine of `ENGINES` does not load the checkpoint; empty where it does."""
+    """Every reason why this engine of `ENGINES` does not load the checkpoint; empty where it does. Raises ValueError for another."""
+    if engine not in ENGINES:
+        raise ValueError(f"There is no engine {engine!r} here, but {', '.join(ENGINES)}.")
     concerned: dict[str, dict[str, None]] = defaultdict(dict)
     for reason, names in ENGINES[engine](found):
         concerned[reason].update(dict.fromkeys(names))

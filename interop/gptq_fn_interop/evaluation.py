@@ -76,7 +76,8 @@ def evaluate(
     """Perplexity of `model` on `tokens`, each window on its own; with a `reference`, KL(reference || model) per token.
 
     Rows of an array are scored from their second token on; `strided` and `chunks` make other windows. Quantized weights are
-    dequantized once, to float32. `progress` is called with the windows done and their number. Raises as `score` does.
+    dequantized once, to float32. `progress` is called with the windows done and their number. Raises ValueError
+    for tokens that the model does not know, where there is nothing to measure, and where the reference predicts other tokens.
     """
     found = []
     for row in score(model, tokens, reference):

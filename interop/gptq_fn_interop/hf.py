@@ -23,8 +23,12 @@ from gptq_fn_interop.tensors import to_torch
 def from_hf(model: PreTrainedModel) -> tuple[dict[str, Any], ModelSpec]:
     """The parameters, as copies, and the spec of a causal language model; QuantLinears become QuantizedLinears.
 
-    Raises ValueError for architectures and config keys that `spec_from_config` refuses.
+    Raises ValueError for architectures and config keys that `spec_from_config` refuses, and TypeError for what is no model.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"from_hf takes a transformers model, not a {type(model).__name__}; load_gptq reads directories, of float models too."
+        )
     config = json.loads(model.config.to_json_string())
     described = config.pop("quantization_config", None)
     spec = spec_from_config(config)

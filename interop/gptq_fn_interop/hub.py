@@ -18,8 +18,12 @@ def local(model: str | Path, **options: Any) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).exists():
+        raise ValueError(f"{model} is a file; give the directory of the model, or its name on the hub.")
     try:
         return Path(snapshot_download(str(model), allow_patterns=list(PATTERNS), **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{model} is not a directory, and the hub has no such model that can be fetched from here: {reason}") from error
+        raise ValueError(
+            f"{model} is not a directory here, and no model of this name could be fetched from the hub: {reason.removeprefix('Got: ')}"
+        ) from error

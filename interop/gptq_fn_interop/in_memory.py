@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gptq_fn import LinearReport, ModelSpec, QuantConfig, Report, Samples, check, head_plan, preset, spec_from_config
+from gptq_fn.check import check_tokens
 from gptq_fn_interop.gptq_format import TENSORS
 from gptq_fn_interop.params import dense_shapes
 from gptq_fn_interop.stored import reverted
-from gptq_fn_interop.stream import Progress, check_tokens, quantize_tensors, unstorable
+from gptq_fn_interop.stream import Progress, quantize_tensors, unstorable
 from gptq_fn_interop.tensors import to_numpy, to_torch
 from gptq_fn_interop.torch_checkpoint import adopt, own_tensors
 from gptq_fn_interop.traced import quantize_traced
@@ -27,8 +28,10 @@ def quantize_model(model: nn.Module, samples: Samples, config: QuantConfig | Non
     own forward (`quantize_traced`). `samples` are token ids [samples, time], or samples of any lengths. What was quantized
     of a transformers model saves, loads and dequantizes as a quantized one. Raises ValueError as `quantize_checkpoint`
     and `quantize_traced` do, and then the model is as it was. What accelerate has spread over devices is quantized on
-    the CPU and spread again.
+    the CPU and spread again. `progress` is called with the blocks done and their number.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_model takes a torch model, not a {type(model).__name__}; quantize_checkpoint takes directories.")
     config = config or preset("default")
     with together(model):
         spec = described(model)

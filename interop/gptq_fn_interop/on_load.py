@@ -97,4 +97,4 @@ def _shown() -> Iterator[Progress | None]:
     from gptq_fn_interop.console import progress
 
     with progress("Quantizing blocks") as advance:
-        yield lambda done, total, _: advance(done, total)
+        yield advance

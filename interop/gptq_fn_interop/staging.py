@@ -31,11 +31,16 @@ def complete_blocks(aside: Path) -> int:
 
 
 def require_vacant(destination: str | Path, *, resume: bool = False) -> None:
-    """Raise FileExistsError if something is at `destination`, unless it is an empty directory.
+    """Raise FileExistsError if something is at `destination`, unless it is an empty directory, and OSError where none can be made.
 
     Unless `resume`, also if an unfinished run of it has complete blocks.
     """
     destination = Path(destination)
+    above = next(path for path in destination.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{destination} cannot be made, since {above} is a file; choose another directory.")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{destination} cannot be made, since nothing may be written into {above}; choose another directory.")
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists already and is not empty; choose another directory or remove it.")
     if not resume and (done := complete_blocks(aside := unfinished(destination))):

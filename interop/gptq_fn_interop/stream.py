@@ -33,7 +33,7 @@ from gptq_fn import (
     run_block,
     spec_from_config,
 )
-from gptq_fn.check import Shapes
+from gptq_fn.check import Shapes, check_tokens
 from gptq_fn.kernels import pack_roles
 from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.gptq_format import described_by, quantization_config, unpackable, zeros_version
@@ -62,8 +62,8 @@ COMPANIONS = (
 )
 """What is copied from a model's directory beside its tensors."""
 
-Progress = Callable[[int, int, tuple[LinearReport, ...]], None]
-"""Called after each block with the blocks done, their number, and the reports of the block."""
+Progress = Callable[[int, int], None]
+"""Called after each step of a long task, as a block that is quantized, with the steps done and their number."""
 
 
 Write = Callable[[int | None, Iterator[tuple[str, np.ndarray]], tuple[LinearReport, ...]], None]
@@ -96,8 +96,8 @@ def quantize_checkpoint(
     A run that fails or is killed leaves its complete blocks in a hidden directory beside it, if there are any; the same
     call with `resume` continues from them and writes what it would have written without the failure, byte for byte, but for
     the seconds in report.json. `hessians` is a directory in which all Hessians are kept, for `sweep`. `origin` is told in report.json,
-    by default the name of the source's directory. Raises ValueError or OSError in a sentence, before any work where the checkpoint,
-    the config, the tokens or the destination are at fault.
+    by default the name of the source's directory. `progress` is called with the blocks done and their number. Raises ValueError or
+    OSError in a sentence, before any work where the checkpoint, the config, the tokens or the destination are at fault.
 
     Processes that share a mesh each call this with the same arguments, and with one file system: each writes some of the blocks,
     and the first one all else.
@@ -201,7 +201,7 @@ def quantize_tensors(
     def told(i: int, found: tuple[LinearReport, ...]) -> None:
         reports.extend(found)
         if progress:
-            progress(i + 1, blocks, found)
+            progress(i + 1, blocks)
 
     # On CPUs, XLA's Cholesky runs in SciPy's BLAS, whose threads spin while XLA's own are at work: one is faster.
     with threadpool_limits(1, "blas"), ahead(sources) as params, behind() as later:
@@ -266,6 +266,7 @@ def load_gptq(directory: str | Path, *, spec: ModelSpec | None = None, packed: b
     """(params, spec) of a quantized or float checkpoint, written here, by AutoGPTQ or by GPTQModel.
 
     Where `packed`, each block is packed as by `gptq_fn.kernels.pack` before the next one is read: for `forward` and `generate`.
+    Raises ValueError or OSError in a sentence where the files are damaged, missing, or not what config.json says.
     """
     checkpoint = Checkpoint(directory)
     spec = spec or spec_from_config(checkpoint.config)
@@ -304,21 +305,6 @@ def unstorable(spec: ModelSpec, shapes: Shapes, config: QuantConfig) -> Iterator
         left = [name for name in experts if config.resolve(name) is None]
         if left and len(left) < len(experts):
             yield f"{left[0]}: a rule leaves it out, but readers take the experts of a block only as a whole; leave out all or none."
-
-
-def check_tokens(calib: Samples, vocabulary: int) -> None:
-    """Raise ValueError unless `calib` is token ids below `vocabulary`: an array [samples, time], or samples of any lengths."""
-    samples = [np.asarray(sample) for sample in calib]
-    if odd := [x for x in samples if x.ndim != 1 or not x.size or not np.issubdtype(x.dtype, np.integer)]:
-        raise ValueError(
-            "Calibration tokens are whole numbers [samples, time], or a sequence of samples [time]; "
-            f"got a sample of {odd[0].dtype} {list(odd[0].shape)}."
-        )
-    if not samples:
-        raise ValueError("There are no calibration samples; give some token ids [samples, time].")
-    low, high = min(int(x.min()) for x in samples), max(int(x.max()) for x in samples)
-    if low < 0 or high >= vocabulary:
-        raise ValueError(f"Calibration tokens reach from {low} to {high} but the model knows {vocabulary}: another tokenizer made them.")
 
 
 def describe(directory: Path, model: dict[str, Any], embedding: np.dtype, report: Report) -> None:

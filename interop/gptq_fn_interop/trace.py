@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from gptq_fn.check import check_tokens
 from gptq_fn_interop.capture import evaluating, hollow, input_of, is_linear, run_block, run_model, same
 from gptq_fn_interop.qlinear import QuantLinear
-from gptq_fn_interop.stream import check_tokens
 
 Carry = Literal["last", "all", "none"]
 """Which outputs of quantized blocks are kept while the next one is done: the last block's, those of all blocks (where a

@@ -70,7 +70,7 @@ def quantize_traced(
     `calib` holds token ids [samples, time], or samples of any lengths; `traced` is by default the `trace` of some of the
     longest, up to 2,048 tokens. The model runs in its own dtype on its own device, weights are solved in float32. Rules go
     by the names of modules. A linear that cannot be quantized stays float, and `left` of the report says why; so do
-    routers, unless a rule matches them. `origin` is told in report.json.
+    routers, unless a rule matches them. `origin` is told in report.json, `progress` called with the blocks done and their number.
     Raises ValueError or FileExistsError in a sentence where the model, the tokens, the trace or the destination are at fault.
     """
     began = time.perf_counter()
@@ -97,7 +97,7 @@ def quantize_traced(
             else:
                 writer.add(block.name, step.linears, stored, config)
             if progress:
-                progress(i + 1, len(traced.blocks), step.reports)
+                progress(i + 1, len(traced.blocks))
         if not reports:
             raise ValueError(f"Nothing was quantized: {'; '.join(f'{name}: {why}' for name, why in [*left.items()][:3]) or 'no linears'}.")
         report = TracedReport(config, tuple(reports), tuple(left.items()))

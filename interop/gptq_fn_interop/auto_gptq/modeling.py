@@ -124,7 +124,7 @@ class BaseGPTQForCausalLM(nn.Module):
             raise ValueError("This model is quantized already; to quantize it in another way, load the float model with from_pretrained.")
         tokens, config = samples(examples), self.quantize_config.quant_config()
         with progress("Quantizing blocks") as advance:
-            report = self._solve(tokens, config, lambda done, total, _: advance(done, total))
+            report = self._solve(tokens, config, advance)
         self.quantized = True
         if report.rounded:
             warnings.warn(
