@@ -1,6 +1,7 @@
 """Quantize a real model, measure it, and let it speak: what `make demo` runs."""
 
 import argparse
+import math
 import os
 import resource
 import sys
@@ -41,18 +42,16 @@ def main() -> None:
 
     began = time.perf_counter()
     with progress("Quantizing blocks") as advance:
-        report = quantize_checkpoint(source, destination, calib, config, progress=lambda done, total, _: advance(done, total))
+        report = quantize_checkpoint(source, destination, calib, config, progress=advance)
     seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-    reference = load_gptq(source)
-    with progress("Evaluating the float model") as advance:
-        before = evaluate(reference, held_out, progress=advance)
-    with progress("Evaluating the quantized model") as advance:
-        after = evaluate(load_gptq(destination), held_out, reference, progress=advance)
+    with progress("Evaluating both models") as advance:
+        found = evaluate(load_gptq(destination), held_out, load_gptq(source), progress=advance)
+    assert found.reference_nll is not None
 
     table = Table("", "float", f"{config.bits}-bit, group {config.group_size}", title=str(source.name))
-    table.add_row("perplexity on held-out text", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
-    table.add_row("KL from the float model, nats a token", "", f"{after.kl:.4f}")
+    table.add_row("perplexity on held-out text", f"{math.exp(found.reference_nll):.2f}", f"{found.perplexity:.2f}")
+    table.add_row("KL from the float model, nats a token", "", f"{found.kl:.4f}")
     table.add_row("checkpoint, MB", f"{megabytes(source):.1f}", f"{megabytes(destination):.1f}")
     table.add_row("bits a quantized weight", "", f"{report.bits_per_weight:.2f}")
     table.add_row("seconds to quantize", "", f"{seconds:.1f}")

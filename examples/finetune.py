@@ -1,6 +1,6 @@
 """Fine-tune a quantized model with LoRA, and watch held-out text become likelier. `pip install peft` first.
 
-    python examples/finetune.py build/SmolLM2-135M-Instruct-gptq-4bit
+    python examples/finetune.py build/smollm2-gptq-4bit
 
 trains on half of CPython's own documentation and measures on the other half. Without a directory, SmolLM2-135M-Instruct
 is fetched and quantized first, which takes some minutes more.

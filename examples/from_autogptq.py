@@ -1,10 +1,10 @@
-"""The first program of AutoGPTQ's README with nothing changed but an import, the model's name and the device.
+"""The first program of AutoGPTQ's README with an import changed, the model's name and the device, and with text to calibrate on.
 
     python examples/from_autogptq.py [MODEL [DESTINATION]]
 
 Without MODEL, which is a directory or a name on the hub such as facebook/opt-125m, SmolLM2-135M-Instruct is taken. The README
-calibrates on one sentence, which shows the interface but no quality: fewer than 32 tokens reach each linear, so that all are
-rounded to nearest, and a warning says so. `instructions.py` gives more.
+calibrates on one sentence, which shows the interface but no quality: fewer than 32 tokens would reach each linear, so that all were
+rounded to nearest, and a warning would say so. Here samples of CPython's own documentation stand beside the sentence.
 """
 
 import sys
@@ -14,11 +14,14 @@ from gptq_fn_interop.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig  #
 from models import BUILD, float_model, fresh
 from transformers import AutoTokenizer, TextGenerationPipeline
 
+from gptq_fn import interop
+
 pretrained_model_dir = float_model(sys.argv[1] if len(sys.argv) > 1 else None)
 quantized_model_dir = sys.argv[2] if len(sys.argv) > 2 else fresh(BUILD / f"{pretrained_model_dir.name}-autogptq-4bit")
 
 tokenizer = AutoTokenizer.from_pretrained(pretrained_model_dir, use_fast=True)
 examples = [tokenizer("auto-gptq is an easy-to-use model quantization library with user-friendly apis, based on GPTQ algorithm.")]
+examples += [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in interop.tokens("pydoc", tokenizer, samples=32, length=512)]
 
 quantize_config = BaseQuantizeConfig(
     bits=4,  # quantize model to 4-bit

@@ -19,7 +19,7 @@ from gptq_fn_interop.compile_cache import keep_programs
 from gptq_fn_interop.console import out, problems
 
 
-def inspect(model: Positional[str], engine: Annotated[Engine | None, arg(name="for")] = None) -> None:
+def inspect(model: Annotated[Positional[str], arg(metavar="MODEL")], engine: Annotated[Engine | None, arg(name="for")] = None) -> None:
     """Tell what a quantized checkpoint holds and which engines would load it.
 
     Args:
@@ -58,6 +58,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+ABOUT = "GPTQ quantization of language models. Options of a command: gptq-fn quantize --help. The version: gptq-fn --version."
+
+
 def joined(args: Sequence[str]) -> list[str]:
     """The arguments with a command of two words as one: `kernels build` is a command beside `kernels DIRECTORY`."""
     command = "-".join(args[:2])
@@ -71,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
         return out.print(f"gptq-fn {__version__}", highlight=False)
     keep_programs()
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptq-fn", description="GPTQ quantization of language models.", args=args)
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptq-fn", description=ABOUT, args=args)
     except (ValueError, OSError) as error:
         _fail(f"gptq-fn: {error}", error, 1)
     except ModuleNotFoundError as error:
