@@ -56,7 +56,8 @@ class Runtime:
     columns [columns, columns], their `Grid` of [1, out] or [columns, out], bits) -> (codes uint8 [columns, out], rounding errors divided by
     the factor's diagonal [columns, out]). By default plain JAX; `gptq_fn.kernels.round_block()` is this machine's fastest."""
     tokens_per_call: int | None = None
-    """Calibration tokens that pass through a block at once on each device; None means 2048 on CPUs and 16384 elsewhere. A sample is never cut.
+    """Calibration tokens that pass through a block at once on each device; None means 2048 on CPUs and 16384 elsewhere.
+    A sample is never cut.
 
     It changes results by float rounding only, which codes amplify: one that flips at a tie changes what all later linears see. In
     a random model of four blocks of width 256, 64 tokens instead of 2048 changed no code of the first block in float32 and 2 % in
