@@ -16,10 +16,13 @@ from gptq_fn_interop.cli import main
 from gptq_fn_interop.lm_eval_model import PredictorLM
 from gptq_fn_interop.lm_eval_tasks import Measure, compare, measures, run_tasks
 from gptq_fn_interop.predictors import bucket, load_predictor
+from gptq_fn_interop.stream import copy_companions, load_gptq, save_gptq
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tiny import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gptq_fn import QuantConfig, Quantized, Report, round_to_nearest
 
 TASK = """
 task: tiny_{name}
@@ -62,9 +65,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    destination = tmp_path_factory.mktemp("lm") / "quantized"
-    size = ("--samples", "4", "--length", "32")
-    main(["quantize", str(directory), str(destination), "--bits", "2", "--group-size", "32", "--preset", "fast", *size])
+    """The model rounded to nearest, which is quicker than solving."""
+    config, destination = QuantConfig(bits=2, group_size=32), tmp_path_factory.mktemp("lm") / "quantized"
+    params, spec = load_gptq(directory)
+    roles = {linear.role for linear in spec.blocks[0].linears}
+    blocks = [
+        {role: round_to_nearest(leaf["weight"], config) if role in roles else leaf for role, leaf in p.items()} for p in params["blocks"]
+    ]
+    save_gptq(Quantized({**params, "blocks": blocks}, spec, Report(config, ())), destination)
+    copy_companions(directory, destination)
     return destination
 
 
@@ -203,7 +212,15 @@ def test_the_command_fails_in_sentences(
         assert stop.value.code == 1
         return " ".join(capsys.readouterr().err.split())
 
-    assert "has no task 'nothing'" in said("--tasks", "tiny_choice,nothing")  # looks through all of lm-eval's
+    looked = []
+
+    def manager(**options: Any) -> TaskManager:
+        looked.append(options.pop("include_defaults", True))
+        return TaskManager(**options, include_defaults=False)  # indexing lm-eval's own takes ten seconds
+
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", manager)
+    assert "has no task 'nothing'" in said("--tasks", "tiny_choice,nothing")
+    assert looked == [False, True]  # the folder alone, then all of lm-eval's, too
     assert "draws samples (do_sample)" in said("--tasks", "tiny_drawn")
     for name in [name for name in sys.modules if name.startswith(("lm_eval", "gptq_fn_interop.lm_eval"))]:
         monkeypatch.delitem(sys.modules, name)
