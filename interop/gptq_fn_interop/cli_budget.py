@@ -131,13 +131,17 @@ def draw(found: budgets.Measured, chosen: Int[np.ndarray, " groups"], title: str
     for n, setting in enumerate(found.settings):
         at: Any = found.summary(np.full(len(found.groups), n))[0], found.uniform[n]
         axes.plot(*at, "o", color="tab:gray", label=None if n else "one setting for all, measured")
-        axes.annotate(f"{setting.bits}b g{setting.group_size or 'row'}", at, (4, 4), textcoords="offset points", fontsize=8)
-    axes.plot(*found.summary(chosen), "*", color="tab:red", markersize=12, label="chosen")
+        # Aslant, since at few bits the points are nearer to each other than their names are long.
+        aslant: Any = {"rotation": 40, "rotation_mode": "anchor"}
+        axes.annotate(f"{setting.bits}b g{setting.group_size or 'row'}", at, (3, 4), textcoords="offset points", fontsize=8, **aslant)
+    bits, kl = found.summary(chosen)
+    axes.plot(bits, kl, "*", color="tab:red", markersize=12, label=f"chosen: {bits:.3f} bits, KL {kl:.2g} predicted")
+    axes.margins(x=0.08, y=0.2)
     axes.set(
         yscale="log", xlabel="bits a weight, scales and zero points included", ylabel="KL to the float model, nats a token", title=title
     )
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
