@@ -145,7 +145,9 @@ def _fit(
 
         found = cheapest_grid(w.T, cost, bits=config.bits, sym=config.sym, negative=config.either_sign)
     else:
-        found = _searched(config, w.T, _cost_of_errors(upper) * (1 - jax.lax.dynamic_slice_in_dim(empty, first, len(w))))
+        fills = jax.lax.dynamic_slice_in_dim(empty, first, len(w))
+        counts = jnp.where(fills.min() > 0, 1.0, 1 - fills)  # where nothing else is in a block, its zeros are weights like others
+        found = _searched(config, w.T, _cost_of_errors(upper) * counts)
     return Grid(*(a[None] for a in found))
 
 

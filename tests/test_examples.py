@@ -165,6 +165,9 @@ def test_research(run: Run, model: Path) -> None:
     assert found[1] < found[0]
     assert found[2] < found[0]
     assert all(0 < error < 1 for error in found)
+    whole = [float(error) for error in re.findall(r"on a normal grid[^:]*: error ([^,]+),", said)]
+    assert len(whole) == 2
+    assert all(0 < error < 1 for error in whole)
 
 
 @pytest.mark.parametrize("form", ["strided", "chunks"])

@@ -14,7 +14,7 @@ from gptq_fn_interop.stream import open_source
 from tiny import save_tiny_llama
 
 import gptq_fn
-from gptq_fn import Grid, QuantConfig, Rule, Runtime, add_rows, empty, factor, find_grid, interop, round_to_nearest, solve
+from gptq_fn import Grid, QuantConfig, Rule, Runtime, add_rows, dequantize, empty, factor, find_grid, interop, round_to_nearest, solve
 
 W = jax.random.normal(jax.random.key(0), (6, 72))
 H = add_rows(empty(72), jax.random.normal(jax.random.key(1), (200, 72)) * jnp.linspace(0.1, 3, 72)[None])
@@ -47,6 +47,21 @@ def test_columns_that_fill_up_a_group_cost_nothing_and_no_others_do(static: bool
     config = QuantConfig(bits=4, group_size=48, order="natural", static_groups=static, grid=counting)
     for q in (solve(W, factor(H, config), config)[0], round_to_nearest(W, config)):
         np.testing.assert_array_equal(q.scale, np.tile([48.0, 24.0], (6, 1)))
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_no_group_is_without_columns(size: int) -> None:
+    """Of 72 columns in groups of 16, which are solved in blocks of 128, some groups only fill up the last block."""
+
+    def deviation(w: jax.Array, weight: jax.Array, config: QuantConfig) -> Grid:
+        return Grid(jnp.sqrt((w**2).mean(1, where=(weight > 0)[None])) / 2, jnp.full(len(w), 4.0))
+
+    config = QuantConfig(bits=3, group_size=size, order="natural", grid=deviation)
+    f = factor(H, config)
+    q, objective = solve(W, f, config)
+    damped = H.xx + f.damp * jnp.diagonal(H.xx).mean() * jnp.eye(72)
+    lost = W - dequantize(q)
+    np.testing.assert_allclose(objective, ((lost @ damped) * lost).sum(1), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("sym", "zero"), [(True, 8), (False, 5)])
