@@ -31,8 +31,9 @@ class Backend:
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cuda", cuda.unsupported, prepare_for_cuda, cuda.matmul, cuda.gradient),
+    Backend("cuda", cuda.on_hopper, prepare_for_cuda, cuda.matmul, cuda.gradient),
     Backend("triton", triton.unsupported, prepare_for_triton, triton.matmul, triton.gradient),
+    Backend("multistage", cuda.elsewhere, prepare_for_cuda, cuda.matmul, cuda.gradient),
     Backend("cpu_vectors", vectors.unsupported, vectors.prepare, vectors.matmul),
     Backend("reference", reference.unsupported, reference.prepare, reference.matmul),
 )

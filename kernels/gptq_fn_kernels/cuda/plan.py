@@ -1,18 +1,26 @@
-"""Which of the Hopper kernels multiplies so many rows, and what a block of it makes.
+"""Which of the kernels multiplies so many rows on which GPU, and what a block of it makes.
 
-The kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the one whose
-blocks share all chunks evenly (stream.cu) as long as a block's chunks and what it reads of others' sums. The microseconds were
-fitted to 900 products on an H100 (kernels/NOTES.md): what is chosen by them takes 1 % more than the best.
+On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the
+one whose blocks share all chunks evenly (stream.cu) as long as a block's chunks and what it reads of others' sums. The microseconds
+were fitted to 900 products on an H100 (kernels/NOTES.md): what is chosen by them takes 1 % more than the best. On other GPUs one
+kernel multiplies (multistage.cu), with the fewest rows to a block that hold all.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from functools import cache
-from math import ceil
+from math import ceil, sqrt
 
 from gptq_fn_kernels.triton.layout import chunk_of
 
 _SHARED = 232_448
 """Bytes of shared memory that Hopper gives the blocks of a multiprocessor, the reserved KiB of each included."""
+
+_SHARED_ELSEWHERE = {"sm_80": 167_936, "sm_87": 167_936, "sm_90a": 233_472, "sm_100": 233_472, "sm_103": 233_472}
+"""The same of GPUs for the kernel that uses none of Hopper's instructions."""
+
+_SHARED_AT_LEAST = 102_400
+"""Of all others from sm_80 on."""
 
 _MOST_STAGES = 16
 
@@ -22,9 +30,12 @@ _MOST_ROWS = 2048
 _MANY = 128
 """Rows of which a block may have fewer than there are."""
 
+_MOST_ROWS_ELSEWHERE = 256
+"""The same without Hopper's instructions: about where the matrix units instead of memory begin to set the time. Not measured."""
+
 
 @dataclass(frozen=True)
-class Tile:
+class Block:
     """What a block makes: `rows` rows times 64 * `tiles` * `abreast` outputs."""
 
     rows: int
@@ -32,8 +43,8 @@ class Tile:
     abreast: int
     blocks: int
     """Blocks to a multiprocessor."""
-    chunk: float
-    """Microseconds that a warpgroup takes for a chunk of inputs, with as many blocks to a multiprocessor as there can be."""
+    room: int = field(default=_SHARED, kw_only=True)
+    """Bytes of shared memory for the blocks of a multiprocessor."""
 
     @property
     def outputs(self) -> int:
@@ -48,11 +59,11 @@ class Tile:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 384 if self.rows * self.tiles >= 256 else 288
+        return 256
 
     def stages(self, bits: int, grid: int) -> int:
         """Chunks under way at a time, as many for each of the warpgroups that take turns; `grid` 16-bit floats for an output of each."""
-        room = (_SHARED // self.blocks - 3072) // self._stage(bits, grid)
+        room = (self.room // self.blocks - 3072) // self._stage(bits, grid)
         return min(room, _MOST_STAGES) // self.turns * self.turns
 
     def shared(self, bits: int, grid: int) -> int:
@@ -62,6 +73,19 @@ class Tile:
 
     def _stage(self, bits: int, grid: int) -> int:
         return self.rows * chunk_of(bits) * 2 + self.outputs * (64 + 2 * grid)
+
+
+@dataclass(frozen=True)
+class Tile(Block):
+    """The same on Hopper, where warps of their own copy."""
+
+    chunk: float
+    """Microseconds that a warpgroup takes for a chunk of inputs, with as many blocks to a multiprocessor as there can be."""
+
+    @property
+    def threads(self) -> int:
+        """As of `Block`."""
+        return 384 if self.rows * self.tiles >= 256 else 288
 
 
 TILES = (
@@ -114,17 +138,56 @@ class Stream:
         return 2.1 + 1.06 * ceil(share) * self.tile.chunk + 4.4 * ceil(tiles / processors) + 0.95 * ceil(chunks / share)
 
 
-Plan = Split | Stream
+@dataclass(frozen=True)
+class Multistage:
+    """As many blocks as run at once, between which all chunks of all tiles are shared evenly; for every GPU from sm_80 on."""
 
-PLANS: tuple[Plan, ...] = (
+    tile: Block
+
+    def blocks(self, m: int, n: int, chunks: int, processors: int) -> int:
+        """Of so many multiprocessors, but few enough that reading a tile's sums from others takes no longer than its chunks."""
+        units = ceil(m / self.tile.rows) * ceil(n / self.tile.outputs) * chunks
+        return min(processors * self.tile.blocks, ceil(units / ceil(sqrt(chunks) / 2)))
+
+
+Plan = Split | Stream | Multistage
+
+PLANS: tuple[Split | Stream, ...] = (
     *(Split(tile, parts) for tile in TILES for parts in (1, 2, 3, 4, 5, 6)),
     *(Stream(tile) for tile in TILES if tile.rows >= _MANY and tile.turns == 1),
 )
 
 
 @cache
-def plan_of(m: int, n: int, chunks: int, processors: int) -> Plan | None:
+def plans_of(arch: str) -> tuple[Plan, ...]:
+    """The ways to multiply on GPUs of this architecture; none before sm_80."""
+    return PLANS if arch == "sm_90a" else multistages(arch)
+
+
+@cache
+def multistages(arch: str) -> tuple[Multistage, ...]:
+    """Those that use none of Hopper's instructions, in order of their rows."""
+    if int(re.sub(r"\D", "", arch)) < 80:
+        return ()
+    room = _SHARED_ELSEWHERE.get(arch, _SHARED_AT_LEAST)
+    sizes = ((8, 1, 2), (16, 1, 2), (32, 1, 2), (64, 2, 1))
+    return tuple(Multistage(Block(rows, tiles, 2, blocks, room=room)) for rows, tiles, blocks in sizes)
+
+
+@cache
+def plan_of(m: int, n: int, chunks: int, processors: int, arch: str) -> Plan | None:
     """How to multiply m rows of so many chunks of inputs with n outputs, or None: dequantize once and multiply densely."""
+    return _on_hopper(m, n, chunks, processors) if arch == "sm_90a" else _elsewhere(m, arch)
+
+
+def _elsewhere(m: int, arch: str) -> Plan | None:
+    if m > _MOST_ROWS_ELSEWHERE:
+        return None
+    plans = multistages(arch)
+    return next((plan for plan in plans if plan.tile.rows >= m), plans[-1])
+
+
+def _on_hopper(m: int, n: int, chunks: int, processors: int) -> Plan | None:
     if m > _MOST_ROWS:
         return None
     fewest = min((tile.rows for tile in TILES if tile.rows >= m), default=_MANY)

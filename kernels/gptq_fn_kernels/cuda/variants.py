@@ -3,7 +3,7 @@
 import torch
 
 from gptq_fn_kernels.cuda.compile import Variant
-from gptq_fn_kernels.cuda.plan import PLANS, Plan
+from gptq_fn_kernels.cuda.plan import Plan, plans_of
 from gptq_fn_kernels.triton.layout import chunk_of
 
 BITS = (4, 8)
@@ -23,7 +23,7 @@ def kind_of(bits: int, group: int, zeros: bool, scales: torch.dtype, dtype: torc
 
 
 def product(kind: Kind, plan: Plan) -> Variant:
-    """The product, for sm_90a."""
+    """The product as this plan makes it."""
     sizes, tile = dict(kind), plan.tile
     bits = int(sizes["BITS"])
     grid = chunk_of(bits) // int(sizes["GROUP"]) * (1 + int(sizes["ZEROS"]))
@@ -46,8 +46,8 @@ def variants(arch: str, bits: int, group_size: int | None, dtype: torch.dtype, s
 
     `group_size` None means that a whole row shares a scale.
     """
-    if arch != "sm_90a" or bits not in BITS or dtype not in DTYPES:
+    if not plans_of(arch) or bits not in BITS or dtype not in DTYPES:
         return ()
     group = min(group_size or chunk_of(bits), chunk_of(bits))
     kind = kind_of(bits, group, not symmetric, torch.float16, dtype)
-    return (*dict.fromkeys(product(kind, plan) for plan in PLANS), dense(kind), GATHER)
+    return (*dict.fromkeys(product(kind, plan) for plan in plans_of(arch)), dense(kind), GATHER)
