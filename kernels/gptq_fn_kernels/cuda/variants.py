@@ -49,5 +49,7 @@ def variants(arch: str, bits: int, group_size: int | None, dtype: torch.dtype, s
     if not plans_of(arch) or bits not in BITS or dtype not in DTYPES:
         return ()
     group = min(group_size or chunk_of(bits), chunk_of(bits))
-    kind = kind_of(bits, group, not symmetric, torch.float16, dtype)
-    return (*dict.fromkeys(product(kind, plan) for plan in plans_of(arch)), dense(kind), GATHER)
+    # Scales of float32 are kept in float16; those of bfloat16 come with models of bfloat16.
+    kinds = [kind_of(bits, group, not symmetric, scales, dtype) for scales in dict.fromkeys((torch.float16, dtype))]
+    products = dict.fromkeys(product(kind, plan) for kind in kinds for plan in plans_of(arch))
+    return (*products, *map(dense, kinds), GATHER)
