@@ -215,3 +215,9 @@ def test_what_a_config_resolves_to_is_what_was_chosen(source: Path, measured: Me
         assert config.resolve("model.layers.1.self_attn.o_proj") is None
         assert config.resolve("model.layers.1.mlp.down_proj") == CONFIG.rules[1].config
     assert len(spec.blocks) == 2
+
+
+def test_a_function_is_no_grid_that_a_file_holds() -> None:
+    own = replace(CONFIG, grid=lambda w, weight, config: None)
+    with pytest.raises(ValueError, match="cannot hold a grid that is a function, found test_budget"):
+        run_of("nowhere", CALIB, PROBES, CONFIG, [own])
