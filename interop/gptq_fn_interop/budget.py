@@ -455,7 +455,7 @@ def run_of(
     """
     for own in (each.grid_name for each in (config, *settings) if not isinstance(each.grid, str)):
         raise ValueError(
-            f"Measurements are kept in a file, which cannot hold a grid that is a function, found {own}; call `measure` alone."
+            f"Measurements are kept in a file, which cannot hold a grid that is a function, found {own}; use `measure` alone."
         )
     checkpoint, spec = open_source(source, config, spec)
     found = identity(checkpoint, spec, [*calib, *probes], config, Runtime(), 0)
