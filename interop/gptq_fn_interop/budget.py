@@ -454,9 +454,7 @@ def run_of(
     Raises ValueError for a grid that is a function, which no file can hold.
     """
     for own in (each.grid_name for each in (config, *settings) if not isinstance(each.grid, str)):
-        raise ValueError(
-            f"Measurements are kept in a file, which cannot hold a grid that is a function, found {own}; use `measure` alone."
-        )
+        raise ValueError(f"Measurements are kept in a file, which cannot hold a grid that is a function, found {own}; use `measure` alone.")
     checkpoint, spec = open_source(source, config, spec)
     found = identity(checkpoint, spec, [*calib, *probes], config, Runtime(), 0)
     told = {key: found[key] for key in ("source", "description of the model", "calibration tokens", "config")}
