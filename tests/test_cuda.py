@@ -137,6 +137,8 @@ def check(packed: Packed, x: torch.Tensor, prepared: CudaWeight | None = None) -
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype, device=x.device)
     wide[..., 1:-2] = x
     assert torch.equal(backend.matmul(wide[..., 1:-2], weight), y)
+    alike = x[:1].expand(3, -1)
+    assert torch.equal(backend.matmul(alike, weight), backend.matmul(alike.contiguous(), weight))
     found = backend.gradient(y, weight)
     assert relative(found, y.double() @ dequantize(packed, torch.float64)) < 0.6 * torch.finfo(x.dtype).eps
 

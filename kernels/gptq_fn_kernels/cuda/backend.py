@@ -136,7 +136,7 @@ def _multiply(x: torch.Tensor, parts: Parts, bits: int, k: int) -> torch.Tensor:
             return _multiply(x, parts, bits, k)
     if parts[2] is not None:
         x = _gathered(x if x.stride(1) == 1 else x.contiguous(), parts[2])
-    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+    elif x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) < k or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     product = _product(*_signature(x, parts, bits))
     return F.linear(x, _dequantized(x, parts, bits)[:, : x.shape[1]]) if product is None else product(x, parts)
