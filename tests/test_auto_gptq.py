@@ -301,7 +301,7 @@ def test_models_of_the_hub_load_by_name(written: Any, tmp_path: Path, monkeypatc
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
     (kept / "refs" / "branch").write_text(COMMIT)
     assert AutoGPTQForCausalLM.from_quantized("me/old-GPTQ", device="cpu", revision="branch").quantized
-    with pytest.raises(ValueError, match="the hub has no such model"):
+    with pytest.raises(ValueError, match="no model of this name could be fetched from the hub"):
         AutoGPTQForCausalLM.from_quantized("me/another-GPTQ")
 
 
