@@ -12,21 +12,15 @@ from gptq_fn_kernels.cuda.launch import Launch, TensorMap, capture_of, load
 from gptq_fn_kernels.cuda.machine import arch_of, unavailable
 from gptq_fn_kernels.cuda.plan import Multistage, Plan, Stream, plan_of, plans_of
 from gptq_fn_kernels.cuda.variants import BITS, DTYPES, GATHER, dense, kind_of, product
-from gptq_fn_kernels.cuda.weight import CudaWeight
+from gptq_fn_kernels.cuda.weight import CudaWeight, Parts
 from gptq_fn_kernels.problem import Problem
 from gptq_fn_kernels.triton.layout import chunk_of
-
-Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""words, grid, gather"""
 
 Signature = tuple[Any, ...]
 """What a plan depends on: rows, slots and stride of the activations, shape and dtype of the grid, their own dtype, bits, the device."""
 
 _DENSE_OUTPUTS, _DENSE_CHUNKS, _GATHER_SLOTS = 16, 4, 2048
 """Of a block of dense.cu and gather.cu."""
-
-_MOST_BLOCKS = 2
-"""To a multiprocessor, of those that leave sums to one another."""
 
 
 def on_hopper(problem: Problem) -> str | None:
@@ -114,7 +108,8 @@ def _flags(device: int, stream: int) -> torch.Tensor:
     key = (device, stream, capture)
     if key not in home:
         _CAPTURED.clear()  # a finished capture's zeros stay in the graph's own memory
-        home[key] = torch.zeros(_MOST_BLOCKS * _processors(device), dtype=torch.int32, device=f"cuda:{device}")
+        most = _processors(device) * max(plan.tile.blocks for plan in plans_of(_arch(device)))
+        home[key] = torch.zeros(most, dtype=torch.int32, device=f"cuda:{device}")
     return home[key]
 
 

@@ -2,7 +2,7 @@
 
 On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the
 one whose blocks share all chunks evenly (stream.cu) as long as a block's chunks and what it reads of others' sums. The microseconds
-were fitted to 900 products on an H100 (kernels/NOTES.md): what is chosen by them takes 1 % more than the best. On other GPUs one
+were fitted to 1000 products on an H100 (kernels/NOTES.md): what is chosen by them takes 1 % more than the best. On other GPUs one
 kernel multiplies (multistage.cu), with the fewest rows to a block that hold all.
 """
 
@@ -31,7 +31,7 @@ _MANY = 128
 """Rows of which a block may have fewer than there are."""
 
 _MOST_ROWS_ELSEWHERE = 256
-"""The same without Hopper's instructions: about where the matrix units instead of memory begin to set the time. Not measured."""
+"""As `_MOST_ROWS`, without Hopper's instructions: about where the matrix units instead of memory begin to set the time. Not measured."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from gptq_fn_kernels.problem import Packed
 from gptq_fn_kernels.triton.layout import chunk_of
 from gptq_fn_kernels.triton.weight import held_of
 
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""words, grid, gather"""
+
 
 @dataclass(frozen=True, eq=False)
 class CudaWeight:
@@ -30,7 +33,7 @@ class CudaWeight:
     n: int
 
     @property
-    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def parts(self) -> Parts:
         """The tensors."""
         return self.words, self.grid, self.gather
 
