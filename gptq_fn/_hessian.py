@@ -1,5 +1,6 @@
 """The second moment of a linear layer's inputs: a monoid under `merge`, with `empty` as its unit."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,9 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptq_fn._product import product
 
-_WIDEST, _MULTIPLE = 4096, 128
-"""Inputs whose products with each other are one matrix product; of more, those above the diagonal are computed, in
-blocks whose widths are multiples that matrix units like, and mirrored."""
+_WIDEST, _WIDEST_ON_CPUS = 4096, 384
+"""Inputs whose products with each other are one matrix product; of more, those above the diagonal are computed, in blocks, and mirrored."""
+
+_PARTS, _MULTIPLE = 8, 128
+"""Into how many parts inputs are cut at most, each a multiple of what matrix units like."""
 
 
 class Hessian(NamedTuple):
@@ -35,13 +38,14 @@ def add_rows(h: Hessian, x: Float[Array, "*rows in"], keep: Bool[Array, "*rows"]
     if keep is not None:
         x = jnp.where(keep.reshape(-1, 1), x, jnp.zeros((), x.dtype))
         rows = keep.sum(dtype=jnp.int32)
-    return Hessian(_add_gram(h.xx, x), h.rows + rows)
+    xx = jax.lax.platform_dependent(h.xx, x, cpu=partial(_add_gram, _WIDEST_ON_CPUS), default=partial(_add_gram, _WIDEST))
+    return Hessian(xx, h.rows + rows)
 
 
-def _add_gram(xx: Float[Array, "in in"], x: Float[Array, "rows in"]) -> Float[Array, "in in"]:
+def _add_gram(widest: int, xx: Float[Array, "in in"], x: Float[Array, "rows in"]) -> Float[Array, "in in"]:
     """xx + x^T x, block after block into `xx`, which may be donated; exactly symmetric where there is more than one block."""
     n = len(xx)
-    parts = -(-n // _WIDEST)
+    parts = min(_PARTS, -(-n // widest))
     if parts == 1:
         return xx + cross(x, x)
     width = -(-n // (parts * _MULTIPLE)) * _MULTIPLE

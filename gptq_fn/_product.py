@@ -9,6 +9,9 @@ from jaxtyping import Array, Float
 _WIDE = 1024
 """From here on in every direction, products of parts are faster than products of float32 where there are matrix units."""
 
+_STRIPS, _NARROW = 4, 384
+"""Into how many strips of columns a symmetric matrix is cut at most, and the columns that are not worth cutting."""
+
 
 def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
     """a b as exactly as float32 matrices are factorized, whatever JAX's default precision is.
@@ -43,5 +46,11 @@ def _whole(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"
 
 
 def energy(e: Float[Array, "rows n"], xx: Float[Array, "n n"]) -> Float[Array, " rows"]:
-    """e xx e^T of each row, roughly."""
-    return (roughly(e, xx) * e).sum(-1)
+    """e xx e^T of each row, roughly; `xx` is symmetric, so of what lies beside its diagonal blocks half is multiplied, twice."""
+    n = len(xx)
+    width = -(-n // min(_STRIPS, -(-n // _NARROW)))
+    found = jnp.zeros(len(e), jnp.float32)
+    for start in range(0, n, width):
+        mine = slice(start, start + width)
+        found += (roughly(e[:, start:], xx[start:, mine].at[width:].multiply(2)) * e[:, mine]).sum(-1)
+    return found

@@ -44,7 +44,8 @@ def test_rows_may_be_split_and_merged(x, cut):
 def test_wide_inputs_are_multiplied_block_by_block(dtype, x):
     """Blocks of 128, 128 and 44 inputs: exact sums of whole numbers are the same, and others exactly symmetric."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_hessian, "_WIDEST", 128)
+        for widest in ("_WIDEST", "_WIDEST_ON_CPUS"):
+            patch.setattr(_hessian, widest, 128)
         exact = np.asarray(x.astype(dtype), np.float64)
         h = add_rows(add_rows(empty(300), x.astype(dtype)), x.astype(dtype))
         np.testing.assert_array_equal(h.xx, 2 * exact.T @ exact)
