@@ -48,6 +48,7 @@ clean:
 # Without an NVIDIA GPU, a CPU build of torch saves gigabytes. Only Linux on x86-64 has several builds to choose from:
 # take the one that is at hand under this name, else let uv find PyTorch's own index.
 $(VENV)/.installed: pyproject.toml Makefile
+	@echo "Installing into $(VENV), which takes a few minutes the first time."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 ifeq ($(shell uname -sm),Linux x86_64)
