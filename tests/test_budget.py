@@ -6,22 +6,28 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gptq_fn_interop import budget as budgets
 from gptq_fn_interop import cli_budget
 from gptq_fn_interop.budget import Measured, groups_of, kept, measure, run_of, settings
+from gptq_fn_interop.calib import tokens
 from gptq_fn_interop.cli import main
 from gptq_fn_interop.gptq_format import scheme_of
-from gptq_fn_interop.stream import open_source, quantize_checkpoint
+from gptq_fn_interop.spoken import spoken
+from gptq_fn_interop.stream import load_gptq, open_source, quantize_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import save_tiny_llama
 
-from gptq_fn import QuantConfig, Rule, allocate, spec_from_config
+from gptq_fn import QuantConfig, Rule, allocate, forward, spec_from_config
 
 CALIB = np.random.default_rng(0).integers(2, 97, (8, 32)).astype(np.int32)
 PROBES = np.random.default_rng(1).integers(2, 97, (8, 32)).astype(np.int32)
+OTHER = np.tile(np.random.default_rng(2).integers(2, 97, (4, 8)), (1, 4)).astype(np.int32)
+"""Text that repeats itself."""
 CONFIG = QuantConfig(
     group_size=32,
     grid="minmax",
@@ -96,7 +102,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(source: Path) -> Measured:
-    return measure(source, CALIB, PROBES, CONFIG, SETTINGS)
+    return measure(source, CALIB, (PROBES, OTHER), CONFIG, SETTINGS)
 
 
 def test_what_is_measured(measured: Measured) -> None:
@@ -105,23 +111,56 @@ def test_what_is_measured(measured: Measured) -> None:
         "q_proj", "o_proj", "gate_proj", "down_proj", "q_proj", "gate_proj"
     ]  # fmt: skip
     assert measured.groups[0].linears == tuple(f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
-    assert all(group.errors[0] > 4 * group.errors[1] > 0 and group.kl > 0 for group in measured.groups)
-    assert measured.uniform[0] > 4 * measured.uniform[1] > 0
+    assert all(group.errors[0] > 4 * group.errors[1] > 0 and min(group.kl) > 0 for group in measured.groups)
     assert measured.tried == 1
-    np.testing.assert_allclose(measured.kl.sum(0)[1], measured.uniform[1], rtol=0.5)  # errors are small there: they add up
+    for text in range(2):
+        assert measured.uniform[0][text] > 4 * measured.uniform[1][text] > 0
+        np.testing.assert_allclose(measured.alone[text].sum(0)[1], measured.uniform[1][text], rtol=0.5)  # small errors add up
     for n, kl in enumerate(measured.uniform):
         assert measured.summary(np.full(6, n))[1] == pytest.approx(kl)
+
+
+def test_each_text_is_measured_by_itself(source: Path, measured: Measured) -> None:
+    """What a text costs does not depend on the texts beside it, nor on their order; of one text, losses are its KLs."""
+    for text, probes in enumerate((PROBES, OTHER)):
+        one = measure(source, CALIB, (probes,), CONFIG, SETTINGS)
+        np.testing.assert_allclose(one.alone[0], measured.alone[text], rtol=1e-3)
+        np.testing.assert_allclose([kl for (kl,) in one.uniform], [kl[text] for kl in measured.uniform], rtol=1e-3)
+        np.testing.assert_allclose(one.losses * one.alone[0, :, 1].sum(), one.alone[0], rtol=1e-9)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))
+def test_texts_count_alike_however_far_the_model_strays_on_them(measured: Measured, seed: int, factor: float) -> None:
+    """What counts is the share of a group, on average over the texts: neither their order nor a factor of all KLs of one matters."""
+    kl = np.exp(np.random.default_rng(seed).normal(-5, 1.5, (6, 2)))
+
+    def losses(kl: np.ndarray) -> np.ndarray:
+        groups = tuple(replace(group, kl=tuple(each)) for group, each in zip(measured.groups, kl.tolist(), strict=True))
+        return replace(measured, groups=groups).losses
+
+    np.testing.assert_allclose(losses(kl * [1, factor]), losses(kl), rtol=1e-9)
+    np.testing.assert_allclose(losses(kl[:, ::-1]), losses(kl), rtol=1e-9)
+    np.testing.assert_allclose(losses(kl)[:, 1], np.sqrt((kl / kl.sum(0)).prod(1)), rtol=1e-9)
+
+
+def test_a_group_that_other_text_needs_keeps_its_bits(measured: Measured) -> None:
+    """Two groups of one size: what matters on the other text alone outweighs what matters little on both."""
+    one, two = (replace(measured.groups[0], errors=(0.1, 0.01), kl=kl) for kl in ((0.10, 0.10), (0.09, 0.90)))
+    pair = replace(measured, groups=(one, two), fixed=(0, 0))
+    room = (one.bits[0] + one.bits[1]) / pair.weights
+    assert pair.within(room).tolist() == [0, 1]
+    alike = replace(pair, groups=tuple(replace(group, kl=group.kl[:1]) for group in pair.groups))
+    assert alike.within(room).tolist() == [1, 0]
 
 
 def test_kl_of_a_group_alone_is_that_of_the_model_with_it_quantized(source: Path, measured: Measured, tmp_path: Path) -> None:
     """Of the last group nothing follows, so its Hessian is all that 8 bits before it change."""
     from gptq_fn_interop.evaluation import evaluate
-    from gptq_fn_interop.stream import load_gptq
 
     only = replace(SETTINGS[1], rules=(Rule("(?!.*[.]1[.]mlp[.](gate|up))"),))
     quantize_checkpoint(source, tmp_path / "one", CALIB, only)
     found = evaluate(load_gptq(tmp_path / "one"), np.pad(PROBES, ((0, 0), (0, 1))), load_gptq(source))
-    assert found.kl == pytest.approx(measured.groups[-1].kl, rel=0.05)
+    assert found.kl == pytest.approx(measured.groups[-1].kl[0], rel=0.05)
 
 
 def test_a_budget_is_kept_to_the_bit(source: Path, measured: Measured, tmp_path: Path) -> None:
@@ -134,7 +173,7 @@ def test_a_budget_is_kept_to_the_bit(source: Path, measured: Measured, tmp_path:
     assert 3.5 < bits <= 4.0
     for group, n in zip(measured.groups, chosen.tolist(), strict=True):
         assert {x.bits for x in report.linears if x.name in group.linears} == {SETTINGS[n].bits}
-    assert measured.summary(measured.reaching(kl * (1 + 1e-9)))[0] <= bits
+    assert measured.summary(measured.reaching(kl[0] * (1 + 1e-9)))[0] <= bits
     described = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
     wanted = {
         group.linears[0].rpartition(".")[0]: n for group, n in zip(measured.groups, chosen.tolist(), strict=True) if len(group.linears) > 1
@@ -152,15 +191,64 @@ def test_budgets_that_are_too_small_are_refused(measured: Measured) -> None:
         measured.reaching(1e-9)
 
 
+@given(st.floats(0, 1))
+def test_a_kl_is_reached_with_no_bits_to_spare(measured: Measured, part: float) -> None:
+    """It is that of text like the calibration. Where this is all there is, no smaller choice reaches it."""
+    least, most = (measured.summary(np.full(6, n))[1][0] for n in (1, 0))
+    kl = least ** (1 - part) * most**part * (1 + 1e-9)
+    assert measured.summary(measured.reaching(kl))[1][0] <= kl
+    groups = tuple(replace(group, kl=group.kl[:1]) for group in measured.groups)
+    one = replace(measured, groups=groups, uniform=tuple(each[:1] for each in measured.uniform))
+    bits, (found,) = one.summary(one.reaching(kl))
+    assert found <= kl
+    every = [one.summary(np.asarray(choice)) for choice in itertools.product(range(2), repeat=6)]
+    assert bits == min(size for size, (other,) in every if other <= kl)
+
+
 def test_measurements_are_kept(source: Path, measured: Measured, tmp_path: Path) -> None:
     file = tmp_path / "measured.json"
     run = run_of(source, CALIB, PROBES, CONFIG, SETTINGS)
     assert kept(file, run, lambda: measured) == measured
     assert kept(file, run, pytest.fail) == measured
+    with pytest.raises(ValueError, match="differ in other text"):
+        kept(file, run_of(source, CALIB, PROBES, CONFIG, SETTINGS, "spoken"), pytest.fail)
     with pytest.raises(ValueError, match="differ in settings"):
         kept(file, run_of(source, CALIB, PROBES, CONFIG, SETTINGS[:1]), pytest.fail)
     with pytest.raises(ValueError, match="differ in calibration tokens"):
         kept(file, run_of(source, CALIB[:4], PROBES, CONFIG, SETTINGS), pytest.fail)
+
+
+def test_a_model_speaks_as_it_predicts(source: Path) -> None:
+    """Tokens drawn at temperature 1 are on average as unlikely as the predictions are uncertain; likeliest ones would be likelier."""
+    params, spec = load_gptq(source)
+    text = spoken(source, samples=16, length=64, seed=3)
+    assert text.shape == (16, 64)
+    log_p = np.asarray(jax.nn.log_softmax(forward(spec, params, jnp.asarray(text))), np.float64)[:, :-1]
+    unlikely = -np.take_along_axis(log_p, text[:, 1:, None], axis=2)[..., 0]
+    excess = unlikely + (np.exp(log_p) * log_p).sum(-1)
+    assert abs(excess.mean()) < 4 * excess.std() / excess.size**0.5
+    assert len(set(text[:, 0].tolist())) > 8
+    np.testing.assert_array_equal(spoken(source, samples=16, length=64, seed=3), text)
+    assert (spoken(source, samples=16, length=64, seed=4) != text).mean() > 0.9
+
+
+def test_probes_are_in_no_calibration(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other text is spoken only where something is measured; that of the calibration again is no other text."""
+    seen = []
+
+    def instead(*args: object, **_: object) -> None:
+        seen.append(args[1:3])
+        raise ValueError("seen")
+
+    monkeypatch.setattr(budgets, "measure", instead)
+    for number, (data, texts) in enumerate((((), 2), (("--probe-data", "pydoc"), 1))):
+        with pytest.raises(SystemExit):
+            main(["quantize", str(source), str(tmp_path / "q"), "--budget", "4", "--samples", "8", "--length", "32", *data])
+        calib, probes = seen[number]
+        assert [text.shape for text in probes] == [(4, 32)] * texts
+        drawn = tokens("pydoc", source, samples=12, length=32)
+        np.testing.assert_array_equal(np.concatenate([calib, probes[0]]), drawn)
+        assert len(np.unique(drawn, axis=0)) == 12
 
 
 def test_experts_of_a_block_are_one_group() -> None:
@@ -190,7 +278,7 @@ def test_the_command_spends_a_budget(
     result, again = tmp_path / "q", tmp_path / "again"
     main(["quantize", str(source), str(result), "--budget", "4", "--plot", str(tmp_path / "p.png"), *small])
     said = " ".join(capsys.readouterr().out.split())
-    assert "bits a weight" in said
+    assert re.search(r"nats a token on text like the calibration and \S+ nats a token on what the model itself speaks", said)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((result / "config.json").read_text())["quantization_config"]["dynamic"]) > 2
     main(["quantize", str(source), str(again), "--budget-kl", "10", "--measured", str(tmp_path / "q.budget.json"), *small])
@@ -199,6 +287,7 @@ def test_the_command_spends_a_budget(
         (("--budget", "2"), "is too small"),
         (("--budget", "3", "--budget-kl", "1"), "either of bits or of KL"),
         (("--plot", "x.png"), "are of budgets"),
+        (("--probe-data", "pydoc"), "are of budgets"),
         (("--budget", "3", "--for", "exllamav2"), "exllamav2 would not load"),
     ):
         with pytest.raises(SystemExit):

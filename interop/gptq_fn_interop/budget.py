@@ -8,6 +8,10 @@ KL of a group at another setting than the one that was tried is in proportion to
 the sum: the linearity of Malinovskii et al., "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem"
 (2024), whose constants are measured here by the errors of GPTQ itself instead of noise. Where errors are large the sum is too far up
 or down; how far is read off the settings that were tried on all linears.
+
+The constants are of a text. On text like the calibration, linears that know it from their Hessian stray less than on any other, and
+those with many inputs know it best: what is measured there alone takes bits from the MLPs that other text needs. So the samples are
+of several texts, and a group weighs what it does on the average of them.
 """
 
 import json
@@ -61,6 +65,9 @@ BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 128)
 """Few, since every setting is solved and compiled for each shape; groups of 64 lie between these."""
 
+TINY = 1e-12
+"""Losses below this count as this, so that there are logarithms of all."""
+
 
 def settings(
     config: QuantConfig, bits: Iterable[int] | None = None, group_sizes: Iterable[int | None] | None = None
@@ -81,8 +88,8 @@ class Group:
     """All that is stored of them at each setting, scales and zero points included."""
     errors: tuple[float, ...]
     """||(W - Q) X||^2 / ||W X||^2 at each setting, the mean of the linears."""
-    kl: float
-    """KL(float || model), in nats a token, with these linears alone at the setting that was tried on each group alone."""
+    kl: tuple[float, ...]
+    """KL(float || model) on each text, in nats a token, with these linears alone at the setting that was tried on each group alone."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,8 @@ class Measured:
     tried: int
     """The number of the setting that was tried on each group alone."""
     groups: tuple[Group, ...]
-    uniform: tuple[float, ...]
-    """KL(float || model) with all groups at each setting."""
+    uniform: tuple[tuple[float, ...], ...]
+    """KL(float || model) with all groups at each setting, on each text. The first is like the calibration."""
     fixed: tuple[int, int]
     """Bits and weights of the linears that rules decide."""
     prefix: str
@@ -113,49 +120,67 @@ class Measured:
         return np.asarray([group.bits for group in self.groups], np.float64)
 
     @cached_property
-    def kl(self) -> Float[np.ndarray, "groups settings"]:
-        """What each group alone would cost at each setting, by its squared errors."""
+    def alone(self) -> Float[np.ndarray, "texts groups settings"]:
+        """What each group alone would cost at each setting on each text, by its squared errors."""
         errors = np.asarray([group.errors for group in self.groups], np.float64)
-        alone = np.asarray([group.kl for group in self.groups], np.float64)
         tried = errors[:, self.tried, None]
-        return alone[:, None] * errors / np.where(tried > 0, tried, np.inf)
+        kl = np.asarray([group.kl for group in self.groups], np.float64).T
+        return kl[:, :, None] * errors / np.where(tried > 0, tried, np.inf)
 
-    @property
-    def _line(self) -> tuple[Float[np.ndarray, " settings"], Float[np.ndarray, " settings"]]:
-        """Logarithms of the sums over groups alone and of the KL of all of them, each rising from setting to setting."""
-        rising = [np.maximum.accumulate(np.log(np.maximum(np.sort(a), 1e-12))) for a in (self.kl.sum(0), np.asarray(self.uniform))]
-        return rising[0], rising[1]
+    @cached_property
+    def losses(self) -> Float[np.ndarray, "groups settings"]:
+        """What each group weighs at each setting: its share of the KL of a text, the geometric mean over the texts.
 
-    def predicted(self, total: float) -> float:
-        """The KL of all groups together whose KLs alone add up to `total`."""
-        alone, whole = self._line
-        return _along(alone, whole, total)
+        Shares, since a text on which the model strays far would else decide alone; geometric, since what a group does on one
+        text and on another differs by a factor.
+        """
+        shares = self.alone / np.maximum(self.alone[:, :, self.tried].sum(1), TINY)[:, None, None]
+        return np.exp(np.log(np.maximum(shares, TINY)).mean(0))
+
+    def _line(self, text: int) -> tuple[Float[np.ndarray, " settings"], Float[np.ndarray, " settings"]]:
+        """Logarithms of the sums over groups alone and of the KL of all of them on a text, each rising from setting to setting."""
+        found = self.alone[text].sum(0), np.asarray([each[text] for each in self.uniform])
+        alone, whole = (np.maximum.accumulate(np.log(np.maximum(np.sort(a), TINY))) for a in found)
+        return alone, whole
 
     def within(self, bits_per_weight: float) -> Int[np.ndarray, " groups"]:
         """The setting of each group with which the model strays least, at this size. Raises ValueError where all settings are larger."""
         room = bits_per_weight * self.weights - self.fixed[0]
         if (least := self.bits.min(1).sum()) > room:
             raise too_small(bits_per_weight, (least + self.fixed[0]) / self.weights)
-        return allocate(self.bits, self.kl, room)
+        return allocate(self.bits, self.losses, room)
 
     def reaching(self, kl: float) -> Int[np.ndarray, " groups"]:
-        """The smallest settings with which the model strays by `kl`, as predicted. Raises ValueError where all settings stray more."""
-        least = self.kl.min(1).sum()
-        if (best := self.predicted(least)) > kl:
-            raise ValueError(f"A KL of {kl:g} cannot be reached: {_up(best)} is predicted for the best setting of each group.")
-        alone, whole = self._line
-        return allocate(self.kl, self.bits, max(_along(whole, alone, kl), least))
+        """The smallest settings with which the model strays by `kl` on the first text, as predicted.
 
-    def summary(self, chosen: Int[np.ndarray, " groups"]) -> tuple[float, float]:
-        """Bits a weight of this choice, and its predicted KL."""
+        Raises ValueError where all settings stray more.
+        """
+        least, most = self.losses.min(1).sum(), self.losses.max(1).sum()
+        chosen = allocate(self.losses, self.bits, least)
+        if (best := self.summary(chosen)[1][0]) > kl:
+            raise ValueError(f"A KL of {kl:g} cannot be reached: {_up(best)} is predicted for the best setting of each group.")
+        for _ in range(40):  # more loss, fewer bits and more KL
+            middle = math.sqrt(least * most)
+            found = allocate(self.losses, self.bits, middle)
+            if self.summary(found)[1][0] <= kl:
+                chosen, least = found, middle
+            else:
+                most = middle
+        return chosen
+
+    def summary(self, chosen: Int[np.ndarray, " groups"]) -> tuple[float, tuple[float, ...]]:
+        """Bits a weight of this choice, and its predicted KL on each text."""
         each = np.arange(len(chosen))
-        return float(self.bits[each, chosen].sum() + self.fixed[0]) / self.weights, self.predicted(self.kl[each, chosen].sum())
+        totals = self.alone[:, each, chosen].sum(1)
+        kl = tuple(_along(*self._line(text), float(total)) for text, total in enumerate(totals))
+        return float(self.bits[each, chosen].sum() + self.fixed[0]) / self.weights, kl
 
     def frontier(self, points: int = 40) -> list[tuple[float, float]]:
-        """Bits a weight and predicted KL of the best choices, from the smallest settings to the largest."""
+        """Bits a weight and predicted KL on the first text of the best choices, from the smallest settings to the largest."""
         least, most = self.bits.min(1).sum() + self.fixed[0], self.bits.max(1).sum() + self.fixed[0]
         sizes = np.geomspace(least / self.weights, most / self.weights, points)
-        return [self.summary(self.within(float(bits) * (1 + 1e-12))) for bits in sizes]
+        found = (self.summary(self.within(float(bits) * (1 + 1e-12))) for bits in sizes)
+        return [(bits, kl[0]) for bits, kl in found]
 
     def config_of(self, chosen: Int[np.ndarray, " groups"]) -> QuantConfig:
         """The configuration with rules that give each group its setting; the setting that most weights have needs none."""
@@ -181,7 +206,7 @@ def too_small(bits_per_weight: float, least: float) -> ValueError:
 
 def _along(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], at: float) -> float:
     """exp y at exp x = `at`: on the line through the points, and beyond its ends in proportion."""
-    at = float(np.log(max(at, 1e-12)))
+    at = float(np.log(max(at, TINY)))
     return float(np.exp(np.interp(at, x, y) + min(at - x[0], 0) + max(at - x[-1], 0)))
 
 
@@ -209,7 +234,7 @@ def _pattern(prefix: str, names: Iterable[str]) -> str:
 def measure(
     source: str | Path,
     calib: Samples,
-    probes: Samples,
+    probes: Sequence[Samples],
     config: QuantConfig,
     settings: Sequence[QuantConfig],
     *,
@@ -219,8 +244,9 @@ def measure(
 ) -> Measured:
     """What each of `settings` costs each group of the model in `source`; linears that rules of `config` name are left to these.
 
-    Hessians are those of `calib`; the few samples `probes` are what KL is measured on, in float32. One block at a time is read,
-    and nothing is written. `progress` is told the blocks done and their number. Alphas count as 0: float inputs are not carried
+    Hessians are those of `calib`; `probes` are a few samples of each text that KL is measured on, in float32, none of them in
+    `calib`: first of text like it, then of others, as `gptq_fn_interop.spoken` makes one. One block at a time is read, and
+    nothing is written. `progress` is told the blocks done and their number. Alphas count as 0: float inputs are not carried
     along. Raises ValueError or OSError as `quantize_checkpoint` does.
     """
     runtime = runtime or default_runtime()
@@ -228,7 +254,9 @@ def measure(
     for setting in settings:
         open_source(source, setting, spec)
     check_tokens(calib, checkpoint.shapes[spec.embedding][0])
-    check_tokens(probes, checkpoint.shapes[spec.embedding][0])
+    samples = [sample for text in probes for sample in text]
+    text_of = [number for number, text in enumerate(probes) for _ in text]
+    check_tokens(samples, checkpoint.shapes[spec.embedding][0])
     groups = groups_of(spec, config)
     tried = _tried(settings)
     solving, carrying = [replace(setting, alpha=0.0) for setting in settings], _carrying(config)
@@ -238,7 +266,7 @@ def measure(
     with threadpool_limits(1, "blas"), ahead(partial(read_block, spec, i, checkpoint) for i in range(len(spec.blocks))) as params:
         top = read_top(spec, checkpoint)
         batches = embed_batches(spec, top, calib, runtime, compute_dtype(jnp.dtype(top["embed"]["weight"].dtype)))
-        start = embed_batches(spec, top, probes, beside, jnp.dtype(jnp.float32))
+        start = embed_batches(spec, top, samples, beside, jnp.dtype(jnp.float32))
         exact, alone, uniform, errors = start, list[list[Batch]](), [start] * len(settings), dict[tuple[str, ...], tuple[float, ...]]()
         carried = quantize_blocks(spec, found.watching(params), batches, carrying, runtime=replace(runtime, observe=found.observe))
         del batches
@@ -251,7 +279,7 @@ def measure(
             (exact,) = through([exact], {})
             if progress:
                 progress(i + 1, len(spec.blocks))
-        kl = _divergences(spec, top, exact, [*alone, *uniform], beside)
+        kl = _divergences(spec, top, exact, [*alone, *uniform], text_of, beside)
     sizes = _sizes(checkpoint, spec)
     measured = []
     for (i, names), of_it in zip(((i, names) for i, inside in enumerate(groups) for names in inside), kl, strict=False):
@@ -379,17 +407,26 @@ def _through(
 
 
 def _divergences(
-    spec: ModelSpec, top: Mapping[str, Any], exact: Sequence[Batch], streams: Sequence[Sequence[Batch]], runtime: Runtime
-) -> list[float]:
-    """KL(exact || stream) of the model's predictions, in nats a token, for each stream of what leaves the last block."""
-    shell, found, tokens = replace(spec, blocks=()), np.zeros(len(streams)), 0
+    spec: ModelSpec,
+    top: Mapping[str, Any],
+    exact: Sequence[Batch],
+    streams: Sequence[Sequence[Batch]],
+    text_of: Sequence[int],
+    runtime: Runtime,
+) -> list[tuple[float, ...]]:
+    """KL(exact || stream) of the model's predictions on each text, in nats a token, for each stream of what leaves the last block.
+
+    `text_of` tells which text each sample is of.
+    """
+    shell, found, tokens = replace(spec, blocks=()), np.zeros((len(streams), max(text_of) + 1)), np.zeros(max(text_of) + 1)
     for n, batch in enumerate(exact):
-        x, tokens = runtime.store.get(batch.x), tokens + int(batch.keep.sum())
-        for row in range(len(batch.samples)):
-            expected = _log_probabilities(shell, top, x[row : row + 1])
+        x = runtime.store.get(batch.x)
+        for row, sample in enumerate(batch.samples):
+            text, expected = text_of[sample], _log_probabilities(shell, top, x[row : row + 1])
+            tokens[text] += int(batch.keep[row].sum())
             for m, stream in enumerate(streams):
-                found[m] += float(_divergence(shell, top, expected, runtime.store.get(stream[n].x)[row : row + 1], batch.keep[row]))
-    return [float(kl) for kl in np.maximum(found / tokens, 0.0)]
+                found[m, text] += float(_divergence(shell, top, expected, runtime.store.get(stream[n].x)[row : row + 1], batch.keep[row]))
+    return [tuple(each) for each in np.maximum(found / tokens, 0.0).tolist()]
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -422,7 +459,7 @@ def kept(path: str | Path, run: Mapping[str, Any], find: Callable[[], Measured])
         found = find()
         by_first(lambda: _write(path, run, found))
     told = read_json(path)
-    if told.get("version") != 1 or not {"run", "measured"} <= told.keys():
+    if told.get("version") != 2 or not {"run", "measured"} <= told.keys():
         raise ValueError(f"{path} holds no measurements for budgets; remove it, or name another file.")
     if differing := [key for key, value in run.items() if told["run"].get(key) != value]:
         raise ValueError(
@@ -435,7 +472,7 @@ def kept(path: str | Path, run: Mapping[str, Any], find: Callable[[], Measured])
         settings=tuple(map(_config, found["settings"])),
         tried=found["tried"],
         groups=tuple(map(_group, found["groups"])),
-        uniform=tuple(found["uniform"]),
+        uniform=tuple(map(tuple, found["uniform"])),
         fixed=tuple(found["fixed"]),
         prefix=found["prefix"],
     )
@@ -447,10 +484,12 @@ def run_of(
     probes: Samples,
     config: QuantConfig,
     settings: Sequence[QuantConfig],
+    other: str | None = None,
     spec: ModelSpec | None = None,
 ) -> dict[str, Any]:
     """What decides what is measured, as JSON has it: by value, or as a digest where it is large.
 
+    `probes` are those of text like the calibration; `other` names the other text, which may be spoken, and not the same everywhere.
     Raises ValueError for a grid that is a function, which no file can hold.
     """
     for own in (each.grid_name for each in (config, *settings) if not isinstance(each.grid, str)):
@@ -458,19 +497,19 @@ def run_of(
     checkpoint, spec = open_source(source, config, spec)
     found = identity(checkpoint, spec, [*calib, *probes], config, Runtime(), 0)
     told = {key: found[key] for key in ("source", "description of the model", "calibration tokens", "config")}
-    return told | {"settings": json.loads(json.dumps([asdict(setting) for setting in settings]))}
+    return told | {"other text": other, "settings": json.loads(json.dumps([asdict(setting) for setting in settings]))}
 
 
 def _write(path: Path, run: Mapping[str, Any], found: Measured) -> None:
     """The file, whole or not at all."""
     aside = path.with_name(f"{path.name}.unfinished")
-    write_json(aside, {"version": 1, "run": run, "measured": asdict(found)})
+    write_json(aside, {"version": 2, "run": run, "measured": asdict(found)})
     os.replace(aside, path)
 
 
 def _group(told: Mapping[str, Any]) -> Group:
     """The group that JSON tells."""
-    return Group(**{**told, **{key: tuple(told[key]) for key in ("linears", "bits", "errors")}})
+    return Group(**{**told, **{key: tuple(told[key]) for key in ("linears", "bits", "errors", "kl")}})
 
 
 def _config(told: Mapping[str, Any]) -> QuantConfig:

@@ -6,18 +6,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 from rich.table import Table
 
 from gptq_fn import QuantConfig, Runtime, Samples
 from gptq_fn_interop import budget as budgets
+from gptq_fn_interop.calib import tokens
 from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.console import out, progress
+from gptq_fn_interop.spoken import spoken
 from gptq_fn_interop.stream import open_source
 
 PROBES = 4
-"""Samples on which KL is measured. They are of another draw than those of the calibration."""
+"""Samples of each text on which KL is measured. None of them is in the calibration."""
+
+SPOKEN = "spoken"
+"""The name of the text that the model itself speaks."""
 
 
 @dataclass(frozen=True)
@@ -69,38 +75,57 @@ def require(directory: Path, config: QuantConfig, engine: str | None) -> None:
 def chosen_config(
     directory: Path,
     calib: Samples,
-    probes: Samples,
+    probes: Int[np.ndarray, "samples length"],
     config: QuantConfig,
     settings: Sequence[QuantConfig],
     budget: Budget,
     file: Path,
     picture: Path | None,
     runtime: Runtime,
+    other: str | None,
+    seed: int,
 ) -> QuantConfig:
     """`config` with rules that give each group of linears the setting that serves the budget best; tells which.
 
-    What is measured is kept in `file`, and read from there if it was measured before.
+    KL is measured on `probes`, which are like the calibration, and on as many samples of the `other` text. What is measured is
+    kept in `file`, and read from there if it was measured before.
     """
+
+    def measured() -> budgets.Measured:
+        found = [probes] if other is None else [probes, _samples(other, directory, len(probes), probes.shape[1], seed)]
+        with progress("Measuring blocks", shown=not out.quiet) as advance:
+            return budgets.measure(directory, calib, found, config, settings, progress=advance, runtime=runtime)
+
     if file.exists():
         out.print(f"What settings cost was measured before: {file}.", highlight=False)
-    with progress("Measuring blocks", shown=not out.quiet and not file.exists()) as advance:
-        found = budgets.kept(
-            file,
-            budgets.run_of(directory, calib, probes, config, settings),
-            lambda: budgets.measure(directory, calib, probes, config, settings, progress=advance, runtime=runtime),
-        )
+    found = budgets.kept(file, budgets.run_of(directory, calib, probes, config, settings, other), measured)
     chosen = found.within(budget.bits) if budget.bits is not None else found.reaching(budget.kl or 0.0)
     bits, kl = found.summary(chosen)
     out.print(table(found, chosen))
-    out.print(f"{bits:.3f} bits a weight; the KL to the float model is predicted to be about {kl:.2g} nats a token.", highlight=False)
+    texts = ["on text like the calibration", "on what the model itself speaks" if other == SPOKEN else f"on {other}"]
+    told = " and ".join(f"{each:.2g} nats a token {text}" for each, text in zip(kl, texts, strict=False))
+    out.print(f"{bits:.3f} bits a weight; the KL to the float model is predicted to be about {told}.", highlight=False)
     if picture is not None:
         draw(found, chosen, Checkpoint(directory).directory.name, picture)
         out.print(f"Bits against predicted KL: {picture}", highlight=False)
     return found.config_of(chosen)
 
 
+def _samples(name: str, directory: Path, samples: int, length: int, seed: int) -> Samples:
+    """Samples of the text of this name. Raises ValueError, as for a model that cannot speak because it does not fit in memory."""
+    if name != SPOKEN:
+        return tokens(name, directory, samples=samples, length=length, seed=seed)
+    try:
+        return spoken(directory, samples=samples, length=length, seed=seed)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"The model could not speak: {str(error).splitlines()[0]} All of it has to be in memory for that; "
+            "--probe-data names text of which KL is measured instead."
+        ) from error
+
+
 def table(found: budgets.Measured, chosen: Int[np.ndarray, " groups"]) -> Table:
-    """A row for each setting: what all linears cost at it, and how many got it."""
+    """A row for each setting: what all linears cost at it on the first text, and how many got it."""
     linears, weights = Counter[int](), Counter[int]()
     for group, n in zip(found.groups, chosen.tolist(), strict=True):
         linears[n] += len(group.linears)
@@ -109,13 +134,13 @@ def table(found: budgets.Measured, chosen: Int[np.ndarray, " groups"]) -> Table:
     for n, setting in enumerate(found.settings):
         size = "row" if setting.group_size is None else str(setting.group_size)
         everywhere = found.summary(np.full(len(found.groups), n))[0]
-        cells = f"{everywhere:.3f}", f"{found.uniform[n]:.3g}", str(linears[n]), f"{weights[n] / found.weights:.1%}"
+        cells = f"{everywhere:.3f}", f"{found.uniform[n][0]:.3g}", str(linears[n]), f"{weights[n] / found.weights:.1%}"
         shown.add_row(str(setting.bits), size, *cells)
     return shown
 
 
 def draw(found: budgets.Measured, chosen: Int[np.ndarray, " groups"], title: str, path: Path) -> None:
-    """Draw bits a weight against predicted KL: the best choices, each setting for all, and what was chosen.
+    """Draw bits a weight against predicted KL on the first text: the best choices, each setting for all, and what was chosen.
 
     Raises ValueError where there is no matplotlib.
     """
@@ -129,13 +154,13 @@ def draw(found: budgets.Measured, chosen: Int[np.ndarray, " groups"], title: str
     figure, axes = plt.subplots(figsize=(7, 4.5))
     axes.plot(*zip(*found.frontier(), strict=True), color="tab:blue", label="best choices, predicted")
     for n, setting in enumerate(found.settings):
-        at: Any = found.summary(np.full(len(found.groups), n))[0], found.uniform[n]
+        at: Any = found.summary(np.full(len(found.groups), n))[0], found.uniform[n][0]
         axes.plot(*at, "o", color="tab:gray", label=None if n else "one setting for all, measured")
         # Aslant, since at few bits the points are nearer to each other than their names are long.
         aslant: Any = {"rotation": 40, "rotation_mode": "anchor"}
         axes.annotate(f"{setting.bits}b g{setting.group_size or 'row'}", at, (3, 4), textcoords="offset points", fontsize=8, **aslant)
     bits, kl = found.summary(chosen)
-    axes.plot(bits, kl, "*", color="tab:red", markersize=12, label=f"chosen: {bits:.3f} bits, KL {kl:.2g} predicted")
+    axes.plot(bits, kl[0], "*", color="tab:red", markersize=12, label=f"chosen: {bits:.3f} bits, KL {kl[0]:.2g} predicted")
     axes.margins(x=0.08, y=0.2)
     axes.set(
         yscale="log", xlabel="bits a weight, scales and zero points included", ylabel="KL to the float model, nats a token", title=title
