@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from tyro.conf import Positional, Suppress, arg
 
@@ -71,6 +72,7 @@ def quantize(
     keep_hessians: Path | None = None,
     budget: float | None = None,
     budget_kl: float | None = None,
+    probe_data: str = "spoken",
     measured: Path | None = None,
     plot: Path | None = None,
     page: Annotated[bool, arg(name="report")] = False,
@@ -99,20 +101,22 @@ def quantize(
         budget: Bits a weight, scales and zero points included, with which the model shall do best: bits and groups of each linear
             are chosen for it, from a calibration pass of its own. A rule's linears are left to the rule.
         budget_kl: The same for the fewest bits with which the KL to the float model is predicted to be this, in nats a token.
+        probe_data: Text on which a budget measures KL beside other samples of the calibration text: "spoken" is what the model itself
+            says, for which all of it has to be in memory, and all else as for data. That of data itself: no other text.
         measured: The file for what a budget measures, by default DESTINATION.budget.json; what is there already is not measured again.
         plot: Draw predicted KL against bits a weight into this file.
         page: Also write DESTINATION/report.html, as gptq-fn report does.
     """
     from gptq_fn_interop.calib import tokens
-    from gptq_fn_interop.cli_budget import PROBES, Budget, chosen_config, require, settings_for
+    from gptq_fn_interop.cli_budget import PROBES, SPOKEN, Budget, chosen_config, require, settings_for
     from gptq_fn_interop.hub import local
     from gptq_fn_interop.processes import first, join
     from gptq_fn_interop.staging import require_vacant
 
     began = time.perf_counter()
     limited = None if budget is None and budget_kl is None else Budget(budget, budget_kl)
-    if (measured or plot) and not limited:
-        raise ValueError("--measured and --plot are of budgets; give --budget or --budget-kl, or leave them out.")
+    if (measured or plot or probe_data != SPOKEN) and not limited:
+        raise ValueError("--measured, --plot and --probe-data are of budgets; give --budget or --budget-kl, or leave them out.")
     devices = None if mesh is None else join(mesh)
     out.quiet = devices is not None and not first()
 
@@ -135,11 +139,12 @@ def quantize(
             raise ValueError(f"{means} are for models that a row of the table describes; this one has none.")
         run = _traced(directory, origin)
     settings = settings_for(directory, config, options.group_size, engine, limited) if limited else ()
-    calib = tokens(data, directory, samples=samples, length=length, seed=seed)
+    calib = tokens(data, directory, samples=samples + PROBES * bool(limited), length=length, seed=seed)
     if limited:
-        probes = tokens(data, directory, samples=PROBES, length=length, seed=seed + 1)
+        calib, probes = np.split(calib, [samples])
+        other = None if probe_data == data else probe_data
         file = measured or destination.with_name(f"{destination.name}.budget.json")
-        config = chosen_config(directory, calib, probes, config, settings, limited, file, plot, runtime)
+        config = chosen_config(directory, calib, probes, config, settings, limited, file, plot, runtime, other, seed)
         if engine:
             require(directory, config, engine)
     with progress("Quantizing blocks", shown=not out.quiet) as advance:
