@@ -111,8 +111,6 @@ class Launch:
         self._values = (c_uint64 * max(arguments, 1))()
         self._maps = tuple(sorted((maps or {}).items()))
         places = [ctypes.addressof(self._values) + 8 * i for i in range(arguments)]
-        for i, tensor_map in self._maps:
-            places[i] = tensor_map.place
         self._parameters = (c_void_p * max(arguments, 1))(*places)
         self._pack = struct.Struct(f"{arguments}q").pack_into
         self._call = driver().cuLaunchKernelEx
@@ -123,7 +121,7 @@ class Launch:
         """Launch on the stream with this handle. Raises RuntimeError with CUDA's reason."""
         with self._lock:
             for i, tensor_map in self._maps:
-                tensor_map.move(arguments[i])
+                self._parameters[i] = tensor_map.place_of(arguments[i])
             self._pack(self._values, 0, *arguments)
             self._config.stream = stream
             if status := self._call(*self._arguments):
@@ -134,7 +132,11 @@ class Launch:
 
 
 class TensorMap:
-    """Where a tensor lies, for the copies of Hopper's TMA: 128 bytes that a kernel takes by value. One belongs to one `Launch`."""
+    """Where tensors of one shape lie, for the copies of Hopper's TMA: 128 bytes that a kernel takes by value.
+
+    One belongs to one `Launch`. Those of the last addresses are kept: steps of a model find their tensors where the allocator put
+    those of the steps before.
+    """
 
     def __init__(self, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], box: Sequence[int], swizzle: int = 0) -> None:
         """Of this shape, copied by boxes; `strides` are the bytes from one index to the next of all axes but the last (multiples of 16).
@@ -142,10 +144,7 @@ class TensorMap:
         What reaches over the edge is read as 0 and not written. `swizzle` is 0, 32, 64 or 128 bytes.
         """
         axes = len(shape)
-        self._room = ctypes.create_string_buffer(128 + 64)
-        self.place = -(-ctypes.addressof(self._room) // 64) * 64
-        """Its address, a multiple of 64."""
-        self._address = 0
+        self._made: dict[int, tuple[int, object]] = {}
         self._sizes = (
             (c_uint64 * axes)(*reversed(shape)),
             (c_uint64 * (axes - 1))(*reversed(strides)),
@@ -154,17 +153,26 @@ class TensorMap:
         )
         self._kinds = (_KINDS[dtype], axes, _SWIZZLES[swizzle])
 
-    def move(self, address: int) -> None:
-        """Let it stand for a tensor at this address, a multiple of 16. Raises RuntimeError where CUDA refuses."""
-        if address == self._address:
-            return
-        kind, axes, swizzle = self._kinds
-        place, at = c_void_p(self.place), c_void_p(address)
-        plain, promotion, zeros = 0, 2, 0  # CU_TENSOR_MAP_INTERLEAVE_NONE, ..._L2_PROMOTION_L2_128B, ..._FLOAT_OOB_FILL_NONE
-        status = driver().cuTensorMapEncodeTiled(place, kind, axes, at, *self._sizes, plain, swizzle, promotion, zeros)
-        _check(status, "a tensor map cannot be made")
-        self._address = address
+    def place_of(self, address: int) -> int:
+        """Where the map of a tensor at this address (a multiple of 16) is, a multiple of 64. Raises RuntimeError where CUDA refuses."""
+        return (self._made.get(address) or self._make(address))[0]
 
+    def _make(self, address: int) -> tuple[int, object]:
+        room = ctypes.create_string_buffer(128 + 64)
+        place = -(-ctypes.addressof(room) // 64) * 64
+        kind, axes, swizzle = self._kinds
+        plain, promotion, zeros = 0, 2, 0  # CU_TENSOR_MAP_INTERLEAVE_NONE, ..._L2_PROMOTION_L2_128B, ..._FLOAT_OOB_FILL_NONE
+        at = c_void_p(address)
+        status = driver().cuTensorMapEncodeTiled(c_void_p(place), kind, axes, at, *self._sizes, plain, swizzle, promotion, zeros)
+        _check(status, "a tensor map cannot be made")
+        if len(self._made) == _MAPS:
+            del self._made[next(iter(self._made))]
+        self._made[address] = place, room
+        return self._made[address]
+
+
+_MAPS = 32
+"""Maps that are kept, the oldest of which makes room for another."""
 
 _KINDS = {torch.uint8: 0, torch.int32: 3, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 """CU_TENSOR_MAP_DATA_TYPE_..."""
