@@ -6,7 +6,7 @@ Claim: the backend that is chosen beats the peers' at every shape, and a dense l
 multiplying with it. "floor" is what the machine allows: the bytes at the rate of a launch that only reads, or the operations at
 the rate of a large dense product, whichever takes longer; both rates are measured first. Everyone gets the same random symmetric
 weight, whose scales fit both 16-bit types, in memory of its own for each of so many calls that the L2 cache holds none. The calls
-are captured in one CUDA graph, replays are timed with events, in turns for each M. Before that every output is filled with NaN and
+are captured in one CUDA graph, replays are timed with events, of all contenders in turns. Before that every output is filled with NaN and
 compared with float64: "error" is the largest relative error in the row, and "spread" the largest (max - min) / median.
 gemlite, GPTQModel, Marlin and torch's own int4 kernel take part where they are there. On a CPU the same runs without graphs.
 """
@@ -215,12 +215,18 @@ CONTENDERS = (
 )
 
 
-def microseconds(calls: list[Call], device: str, budget: float, check: Callable[[torch.Tensor], None] | None = None) -> dict[str, float]:
-    """Of one call: median, min and max over `budget` seconds."""
-    measure, times, began = stopwatch(calls, device, check), [], time.perf_counter()
-    while len(times) < 5 or (len(times) < 100 and time.perf_counter() - began < budget):
-        times.append(measure())
-    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+def in_turns(watches: dict[str, Callable[[], float]], budget: float) -> dict[str, dict[str, float]]:
+    """Median, min and max of what each measures, over `budget` seconds for each.
+
+    In turns, for a GPU that gets warm lowers its clock: who is measured last would look slower.
+    """
+    times, began = {name: [] for name in watches}, time.perf_counter()
+    for turn in range(100):
+        if turn >= 5 and time.perf_counter() - began > budget * len(watches):
+            break
+        for name, watch in watches.items():
+            times[name].append(watch())
+    return {name: {"median": statistics.median(ts), "min": min(ts), "max": max(ts)} for name, ts in times.items()}
 
 
 @triton.jit
@@ -249,8 +255,11 @@ def ceilings(device: str, budget: float, dtype: torch.dtype) -> tuple[float, flo
 
     readers = [lambda: x.amax().reshape(1)] if cpu else [reader(2048, 4), reader(2048, 8), reader(4096, 8)]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    bandwidth = 4e6 * words / min(microseconds([read], device, budget)["min"] for read in readers)
-    return bandwidth, 2e6 * size**3 / microseconds([lambda: a @ b.T], device, budget)["min"]
+
+    def best(call: Call) -> float:
+        return in_turns({"": stopwatch([call], device)}, budget)[""]["min"]
+
+    return 4e6 * words / min(map(best, readers)), 2e6 * size**3 / best(lambda: a @ b.T)
 
 
 def measured(k: int, n: int, bits: int, group: int, dtype: torch.dtype, args: argparse.Namespace, rates: tuple[float, float]) -> dict:
@@ -273,6 +282,7 @@ def measured(k: int, n: int, bits: int, group: int, dtype: torch.dtype, args: ar
         right = x.double() @ exact.T
         moved = w.bytes() + (x.numel() + right.numel()) * dtype.itemsize
         rows["floor"]["times"][m] = {"median": 1e6 * max(moved / rates[0], 2 * m * n * k / rates[1])}
+        watches = {}
         for name, forms in built.items():
             errors = []
 
@@ -280,10 +290,12 @@ def measured(k: int, n: int, bits: int, group: int, dtype: torch.dtype, args: ar
                 errors.append(float((y.double() - right).norm() / right.norm()))
 
             try:
-                rows[name]["times"][m] = microseconds([lambda form=form, x=x: form(x) for form in forms], args.device, args.budget, check)
+                watches[name] = stopwatch([lambda form=form, x=x: form(x) for form in forms], args.device, check)
                 rows[name]["error"][m] = math.nan if any(map(math.isnan, errors)) else max(errors)
             except Exception as error:  # of one contender at one M; the others go on
                 rows[name]["failed"][m] = str(error).strip().splitlines()[0]
+        for name, found in in_turns(watches, args.budget).items():
+            rows[name]["times"][m] = found
     return {"k": k, "n": n, "bits": bits, "group": group, "dtype": str(dtype), "rows": rows}
 
 
