@@ -108,7 +108,7 @@ def _flags(device: int, stream: int) -> torch.Tensor:
     key = (device, stream, capture)
     if key not in home:
         _CAPTURED.clear()  # a finished capture's zeros stay in the graph's own memory
-        most = _processors(device) * max(plan.tile.blocks for plan in plans_of(_arch(device)))
+        most = _processors(device) * max(plan.tile.blocks * plan.tile.abreast for plan in plans_of(_arch(device)))
         home[key] = torch.zeros(most, dtype=torch.int32, device=f"cuda:{device}")
     return home[key]
 
@@ -153,7 +153,7 @@ def _dequantized(like: torch.Tensor, parts: Parts, bits: int) -> torch.Tensor:
     weight = like.new_empty((n, chunks * chunk_of(bits)))
     kind = kind_of(bits, chunk_of(bits) // groups, of_group == 2, grid.dtype, like.dtype)
     kernel = load(dense(kind), _arch(like.device.index), like.device.index, 0)
-    launch = Launch(kernel, (-(-chunks // _DENSE_CHUNKS), -(-n // _DENSE_OUTPUTS)), (256,), 5)
+    launch = Launch(kernel, (-(-chunks // _DENSE_CHUNKS), -(-n // _DENSE_OUTPUTS)), (256,), 5, overlap=_overlaps(like.device.index))
     launch(torch._C._cuda_getCurrentRawStream(like.get_device()), words.data_ptr(), grid.data_ptr(), weight.data_ptr(), n, chunks)
     return weight
 

@@ -1,25 +1,12 @@
 // What a block of every product is made of: its sizes, where its threads stand, and their sums.
 
-constexpr int OUTS = 64 * TILES * ABREAST, PARTS = 2 / ABREAST;
+constexpr int OUTS = 64 * TILES * ABREAST, PARTS = ABREAST == 1 ? 2 : 1;
 constexpr int GRID = GROUPS * (1 + ZEROS);        // 16-bit floats of an output in a chunk
 constexpr int X_BYTES = ROWS * CHUNK * 2, WORD_BYTES = OUTS * 64, GRID_BYTES = OUTS * GRID * 2;
 constexpr int WEIGHT_BYTES = WORD_BYTES + GRID_BYTES;
-constexpr int CONSUMERS = 8;                      // warps that multiply
+constexpr int CONSUMERS = 4 * PARTS * ABREAST;    // warps that multiply
 
 __device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// What the kernels before this one on the stream have written can be read from here on. GPUs before Hopper start none early.
-__device__ __forceinline__ void wait_for_others() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_others_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // Where a thread stands: `row` is its first output, `lane` its place in the four that share it, `part` its turn.
 struct Place {

@@ -3,6 +3,7 @@
 // Compiled with -D: BITS, GROUP, BRAIN, SCALES, ZEROS as in hopper.cuh.
 
 #include "bits.cuh"
+#include "start.cuh"
 
 constexpr int OUTS = 16, SPAN = 4;  // outputs and chunks of a block: it writes rows of 512 or 1,024 bytes
 constexpr int THREADS = OUTS * SPAN * 4;
@@ -39,6 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
     __syncthreads();
+    wait_for_others();  // one of which may still read what was in the weight's place
     constexpr int PIECES = CHUNK / 8;  // of 16 bytes in a chunk of a row
     for (int i = threadIdx.x; i < OUTS * SPAN * PIECES; i += THREADS) {
         const int o = i / (SPAN * PIECES), piece = i % (SPAN * PIECES);

@@ -1,17 +1,18 @@
 // What the Hopper kernels share: rings of chunks that TMA fills, and the product with a chunk.
 //
 // Compiled with -D: BITS 4 or 8, GROUP inputs to a scale (16 to a chunk), ROWS 8 to 256 of a block, TILES 1 or 2 of 64
-// outputs for a warpgroup, ABREAST 1 or 2 warpgroups side by side, STAGES of a ring, BLOCKS to a multiprocessor, FEWEST rows
+// outputs for a warpgroup, ABREAST 1 to 3 warpgroups side by side, STAGES of a ring, BLOCKS to a multiprocessor, FEWEST rows
 // for which a warp's matrix instruction is the faster one, BRAIN 1 for activations of bfloat16, SCALES 1 for scales of
 // bfloat16, ZEROS 1 where there are zero points.
 
 #include "bits.cuh"
 #include "mma.cuh"
 #include "wgmma.cuh"
+#include "start.cuh"
 #include "block.cuh"
 
 constexpr int BOXES = CHUNK / 64;                 // 128 bytes of a row of x: what the swizzle spans
-constexpr bool LARGE = ROWS * TILES >= 256;       // sums take 128 registers: the warp that copies gives of its own
+constexpr bool LARGE = ROWS * TILES >= (ABREAST == 3 ? 128 : 192);  // sums take so many registers that the warps that copy give of theirs
 constexpr bool FEW = ROWS <= FEWEST;
 constexpr int THREADS = 32 * CONSUMERS + (LARGE ? 128 : 32);
 static_assert(STAGES % PARTS == 0, "a stage always belongs to the same warpgroup");
@@ -88,6 +89,12 @@ struct Ring {
         if (i >= STAGES) wait(empty_of(i), (i / STAGES + 1) & 1);
     }
 
+    // Leaves the i-th place without a chunk, to whoever multiplies.
+    __device__ __forceinline__ void lend(int i) const {
+        wait_empty(i);
+        arrive(full_of(i));
+    }
+
     // By every warp that has read it.
     __device__ __forceinline__ void release(int i) const {
         if (threadIdx.x % 32 == 0) arrive(empty_of(i));
@@ -156,6 +163,15 @@ __device__ __forceinline__ void add_chunk(Sums& sums, const Ring& ring, int i, i
         __syncwarp();
         ring.release(i);
     }
+}
+
+// A block of LARGE starts with as many registers for each warpgroup, of which all but the one that copies want more.
+__device__ __forceinline__ void give_registers() {
+    if (LARGE) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(ABREAST == 3 ? 56 : 40));
+}
+
+__device__ __forceinline__ void take_registers() {
+    if (LARGE) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ABREAST == 3 ? 152 : 232));
 }
 
 // All warps that multiply, of one block.

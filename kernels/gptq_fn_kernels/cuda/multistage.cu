@@ -10,6 +10,7 @@
 
 #include "bits.cuh"
 #include "mma.cuh"
+#include "start.cuh"
 #include "block.cuh"
 #include "stream.cuh"
 

@@ -2,7 +2,8 @@
 
 On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the
 one whose blocks share all chunks evenly (stream.cu) as long as a block's chunks and what it reads of others' sums. The microseconds
-were fitted to 1000 products on an H100 (kernels/NOTES.md): what is chosen by them takes 1 % more than the best. On other GPUs one
+were fitted to 1000 products on an H100 (kernels/NOTES.md), of which what is chosen by them takes 1 % more than the best; those of
+blocks of 96 and 160 rows, of three warpgroups abreast, and of tiles that are written at once to 80 later ones. On other GPUs one
 kernel multiplies (multistage.cu), with the fewest rows to a block that hold all.
 """
 
@@ -54,12 +55,12 @@ class Block:
     @property
     def turns(self) -> int:
         """Warpgroups that take turns with the chunks."""
-        return 2 // self.abreast
+        return 2 if self.abreast == 1 else 1
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 256
+        return 128 * self.turns * self.abreast
 
     def stages(self, bits: int, grid: int) -> int:
         """Chunks under way at a time, as many for each of the warpgroups that take turns; `grid` 16-bit floats for an output of each."""
@@ -85,7 +86,8 @@ class Tile(Block):
     @property
     def threads(self) -> int:
         """As of `Block`."""
-        return 384 if self.rows * self.tiles >= 256 else 288
+        large = self.rows * self.tiles >= (128 if self.abreast == 3 else 192)
+        return 128 * self.turns * self.abreast + (128 if large else 32)
 
 
 TILES = (
@@ -97,10 +99,15 @@ TILES = (
     Tile(32, 1, 2, 2, 0.80),
     Tile(64, 1, 1, 1, 0.64),
     Tile(64, 1, 2, 2, 0.96),
+    Tile(96, 1, 1, 1, 0.80),
+    Tile(96, 1, 2, 1, 0.66),
     Tile(128, 1, 1, 1, 0.92),
     Tile(128, 1, 2, 1, 0.79),
+    Tile(128, 1, 3, 1, 1.15),
     Tile(128, 2, 1, 1, 1.58),
     Tile(128, 2, 2, 1, 1.53),
+    Tile(160, 1, 1, 1, 1.25),
+    Tile(160, 1, 2, 1, 0.92),
     Tile(192, 1, 1, 1, 1.35),
     Tile(192, 1, 2, 1, 1.09),
     Tile(256, 1, 2, 1, 1.47),
@@ -122,7 +129,9 @@ class Split:
         steps = ceil(ceil(chunks / self.parts) / self.tile.turns)
         waves = ceil(blocks / places)
         slower = 1.09 if waves > 2 else 1.0  # a GPU that is busy for long takes its clock back
-        return 0.7 + slower * waves * (2.15 + 0.22 * self.parts + steps * self.tile.chunk)
+        # What adding up the parts takes; whoever has all of them writes at once.
+        ends = 0.0 if self.parts * self.tile.turns == 1 else 2.15 + 0.22 * self.parts
+        return 0.7 + slower * waves * (ends + steps * self.tile.chunk)
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,8 @@ class Stream:
         """As of `Split`."""
         tiles = ceil(m / self.tile.rows) * ceil(n / self.tile.outputs)
         share = tiles * chunks / processors
-        return 2.1 + 1.06 * ceil(share) * self.tile.chunk + 4.4 * ceil(tiles / processors) + 0.95 * ceil(chunks / share)
+        steps = 1.06 * ceil(share) + 2 * ceil(tiles / processors)  # writing a tile takes as long as two chunks
+        return 2.1 + steps * self.tile.chunk + 0.95 * ceil(chunks / share)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 // y = x W^T on Hopper for few rows: the blocks of a cluster share the inputs among themselves.
 //
 // A block makes ROWS rows times OUTS outputs of y over its part of the inputs. One warp brings chunks of inputs through a
-// ring; two warpgroups hold 64 * TILES outputs each and multiply: two ABREAST take the same chunks, one takes every other.
+// ring; warpgroups hold 64 * TILES outputs each and multiply: two or three ABREAST take the same chunks, one takes every other.
 // While the matrix units work on one half of a chunk, the next half is dequantized. The parts are added up, in order,
-// through the shared memory of the cluster.
+// through the shared memory of the cluster; a block that has all of them writes at once.
 
 #include "hopper.cuh"
+#include "out.cuh"
 
 constexpr int PITCH = OUTS + 4;  // floats; 4 more than a multiple of 32 banks: no conflicts
 
@@ -44,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int row0 = blockIdx.x * ROWS, out0 = blockIdx.y * OUTS;
 
     if (threadIdx.x >= 32 * CONSUMERS) {
-        if (LARGE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        give_registers();
         if (threadIdx.x == 32 * CONSUMERS) {
             // Weights do not come from the kernel before this one, so they need not wait for it.
             const int early = min(STAGES, count);
@@ -58,10 +59,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
         }
         __syncwarp();
+        if (blocks * PARTS == 1) return;
         cluster_barrier();
         cluster_end();
     } else {
-        if (LARGE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        take_registers();
         const Place place;
         const Magic magic = magic_of();
         Sums sums;
@@ -69,6 +71,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         for (int i = place.part; i < count; i += PARTS) add_chunk(sums, ring, i, i - PARTS, place, magic);
         if (!FEW) wgmma_wait<0>();
         consumers_barrier();  // the ring is free: the sums take its place
+        if (blocks * PARTS == 1) {  // nobody has others of them
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                const int part = threadIdx.x / 128 * TILES + t;
+                write_out(sums[t], ring.inputs + part * ROWS * 128, row0, out0 + part * 64, y, m, n);
+            }
+            return;
+        }
 #pragma unroll
         for (int t = 0; t < TILES; ++t)
 #pragma unroll

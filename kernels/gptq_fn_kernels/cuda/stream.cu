@@ -2,6 +2,12 @@
 
 #include "hopper.cuh"
 #include "stream.cuh"
+#include "out.cuh"
+
+static_assert(PARTS == 1, "all warps take the same chunks");
+
+constexpr int LENT = (OUTS / 64 + BOXES - 1) / BOXES;  // places in the ring that a tile of y takes on its way out
+static_assert(LENT < STAGES, "the next tile's chunks come meanwhile");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     stream(const __grid_constant__ TensorMap x, const u32* __restrict__ words, const u16* __restrict__ grid, u16* __restrict__ y, float4* left,
@@ -15,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int block = blockIdx.x, begin = bound(block), end = bound(block + 1);
 
     if (threadIdx.x >= 32 * CONSUMERS) {
-        if (LARGE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        give_registers();
         if (threadIdx.x == 32 * CONSUMERS) {
             // Weights do not come from the kernel before this one, so the first ones need not wait for it.
             int early = 0;
@@ -34,13 +40,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     }
                     ring.bring_inputs(i, &x, unit - tile * chunks, at.row0);
                 }
+                if (stop == (tile + 1) * chunks)
+                    for (const int from = i; i < from + LENT; ++i) ring.lend(i);
                 stop = start;
             }
         }
     } else {
-        if (LARGE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        take_registers();
         const Place place;
         const Magic magic = magic_of();
+        const int group = threadIdx.x / 128;  // warpgroups go on alone, each with flags of its own
         Sums sums;
         for (int stop = end, i = 0; stop > begin;) {
             const int tile = (stop - 1) / chunks, start = max(begin, tile * chunks);
@@ -50,17 +59,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             ring.release(i - 1);
             if (stop < (tile + 1) * chunks) {
                 leave(sums, left, block);
-                __threadfence();
-                consumers_barrier();
-                if (threadIdx.x == 0) raise(flags + block);
+                warpgroup_barrier();
+                if (threadIdx.x % 128 == 0) raise(flags + block * ABREAST + group);
             } else {
                 for (int other = block, from = start; from > tile * chunks;) {
                     from = bound(--other);
-                    if (threadIdx.x == 0) wait_raised(flags + other);
-                    consumers_barrier();
+                    if (threadIdx.x % 128 == 0) wait_raised(flags + other * ABREAST + group);
+                    warpgroup_barrier();
                     add_left(sums, left, other);
                 }
-                store(sums, place, tile_of(tile, m, n), y, m, n);
+                const Tile at = tile_of(tile, m, n);
+#pragma unroll
+                for (int t = 0; t < TILES; ++t) {
+                    const int part = group * TILES + t, lent = i + part / BOXES;
+                    ring.wait_full(lent);
+                    write_out(sums[t], ring.inputs_of(lent) + part % BOXES * ROWS * 128, at.row0, at.out0 + part * 64, y, m, n);
+                }
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // TMA writes there next
+                __syncwarp();
+                for (const int from = i; i < from + LENT; ++i) ring.release(i);
             }
             stop = start;
         }

@@ -57,7 +57,7 @@ __device__ __forceinline__ void add_left(Sums& sums, const float4* left, int blo
         }
 }
 
-// By one thread, when all have left theirs and __threadfence() has made them seen.
+// By one thread behind a barrier of all that have left theirs.
 __device__ __forceinline__ void raise(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
 
 // Waits for it by one thread, and leaves it as the next kernel wants to find it.
