@@ -1,7 +1,8 @@
 """The door to the kernels: matmuls of torch with quantized weights, packed parameters for `forward` and `generate`, and the
 column loop of the solver."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -12,7 +13,9 @@ import numpy as np
 from gptq_fn._grid import Grid
 from gptq_fn._quantized import QuantizedLinear
 from gptq_fn._solve import RoundBlock, Rounded, round_in_loops
+from gptq_fn.model.attention import Asked, Attend, Attended, Cache
 from gptq_fn.model.linear import Joined, Linear
+from gptq_fn.model.position import turns_of
 
 if TYPE_CHECKING:
     from gptq_fn_kernels import BACKENDS, Backend, Packed, Prepared, Problem, choose, dequantize, explain, matmul, multiply, prepare
@@ -45,8 +48,9 @@ def pack(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters with each QuantizedLinear packed to about its bits a weight, ready to be multiplied as it is.
 
     `forward` and `generate` take them; nothing is dequantized ahead of a product then. On GPUs, where Triton is
-    installed, products are Triton kernels, elsewhere they are plain JAX. Linears that read one input (q, k and v; gate
-    and up) become one where their grids agree. Checkpoints and Flax modules are made of the parameters before packing.
+    installed, products are Triton kernels, and so is a step's attention, of float models, too; elsewhere they are plain JAX.
+    Linears that read one input (q, k and v; gate and up) become one where their grids agree. Checkpoints and Flax modules
+    are made of the parameters before packing.
     """
     return {"top": pack_roles(params["top"]), "blocks": [pack_roles(p) for p in params["blocks"]]}
 
@@ -64,7 +68,47 @@ def pack_roles(p: Mapping[str, Any]) -> dict[str, Any]:
                 packed[name] = Joined(whole, tuple(part.codes.shape[-2] for part in parts))
                 left = {role: leaf for role, leaf in left.items() if role not in roles}
     forms = {role: _packed(leaf) if isinstance(leaf, QuantizedLinear) else leaf for role, leaf in left.items()}
-    return {**{role: left[role] if form is None else form for role, form in forms.items()}, **packed}
+    return {**{role: left[role] if form is None else form for role, form in forms.items()}, **packed, **_attention(p)}
+
+
+def _attention(p: Mapping[str, Any]) -> dict[str, Attend]:
+    """The kernel for a step's attention, for a block on a GPU that kernels can be launched on."""
+    from gptq_fn_kernels import jax as packing
+
+    leaf = next(iter(jax.tree.leaves(p.get("o"))), None)
+    return {"attend": AttendByKernel()} if isinstance(leaf, jax.Array) and packing.serves(leaf) else {}
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class AttendByKernel:
+    """One token's attention in one launch of a Triton kernel, on NVIDIA's GPUs."""
+
+    def __call__(self, asked: Asked, plain: Callable[[Asked], Attended]) -> Attended:
+        """What `plain` makes of `asked`."""
+        return jax.lax.platform_dependent(asked, cuda=_attend, default=plain)
+
+
+def _attend(asked: Asked) -> Attended:
+    from gptq_fn_kernels.jax import attend
+
+    rope, cache = asked.rope, asked.cache
+    assert cache is not None
+    # XLA sees that these follow each other in one product, and copies nothing.
+    qkv = jnp.concatenate([heads.reshape(*heads.shape[:2], -1) for heads in (asked.q, asked.k, asked.v)], -1)[:, 0]
+    cos, sin = (None, None) if rope is None else (turn[:, 0] for turn in turns_of(rope, asked.positions))
+    options = {"scale": asked.scale, "window": asked.window, "softcap": asked.softcap, "bias": asked.bias, "sinks": asked.sinks}
+    mixed, k, v = attend(
+        qkv,
+        cache.k,
+        cache.v,
+        cache.used,
+        None if cos is None or sin is None else (cos, sin),
+        heads=asked.q.shape[2],
+        interleaved=rope is not None and rope.interleaved,
+        **options,
+    )
+    return mixed[:, None], Cache(k, v, cache.used + 1)
 
 
 def _agree(parts: list[Any]) -> TypeGuard[list[QuantizedLinear]]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gptq_fn_kernels import Packed, dequantize, explain, problem_of
 from gptq_fn_kernels.triton import backend
-from gptq_fn_kernels.triton.layout import chunk_of, pack_words, unpack_words
+from gptq_fn_kernels.triton.layout import FROM_TRITON, chunk_of, pack_words, unpack_words
 from gptq_fn_kernels.triton.plan import Gpu, constants_of, plan_of
 from gptq_fn_kernels.triton.weight import prepare
 from gptq_writer import SCALE_DTYPES, Linear, Scheme, random_linear
@@ -70,7 +70,8 @@ def test_words_hold_every_code(bits: int, chunks: int, n: int, seed: int) -> Non
 def test_the_prepared_weight_is_the_weight(drawn: tuple[Linear, Scheme]) -> None:
     linear, scheme = drawn
     w = prepare(packed_of(linear, scheme))
-    codes = unpack_words(w.words, w.high, w.bits, torch.stack).double()
+    words, high = (None if part is None else part[..., FROM_TRITON] for part in (w.words, w.high))
+    codes = unpack_words(words, high, w.bits, torch.stack).double()
     zeros = torch.full_like(w.scales, 2 ** (w.bits - 1), dtype=torch.float64) if w.zeros is None else w.zeros.double()
     groups = torch.arange(w.width) // w.group
     weight = (codes - zeros.T[:, groups]) * w.scales.double().T[:, groups]

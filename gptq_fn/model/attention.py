@@ -1,6 +1,7 @@
 """Causal self-attention for every layout of the query, key and value projections."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,28 +30,72 @@ def resized(cache: Cache, length: int, used: Int[Array, " batch"]) -> Cache:
     return Cache(k, v, used)
 
 
-def attention(
-    spec: AttentionSpec, p: Mapping[str, Any], x: Float[Array, "batch time width"], cache: Cache | None = None
-) -> tuple[Float[Array, "batch time heads_times_dim"], Cache]:
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q", "k", "v", "cache", "bias", "sinks"],
+    meta_fields=["rope", "scale", "window", "softcap"],
+)
+@dataclass(frozen=True)
+class Asked:
+    """What the current tokens look for, and in what; see `mix`. Queries and keys are yet to be rotated where there is a `rope`."""
+
+    q: Float[Array, "batch time heads dim"]
+    k: Float[Array, "batch time kv_heads dim"]
+    v: Float[Array, "batch time kv_heads dim"]
+    cache: Cache | None
+    bias: Float[Array, "heads length"] | None
+    sinks: Float[Array, " heads"] | None
+    rope: RopeSpec | None
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    @property
+    def positions(self) -> Int[Array, "#batch time"]:
+        """The positions of the current tokens."""
+        return positions_of(self.q, self.cache)
+
+
+Attended = tuple[Float[Array, "batch time heads_times_dim"], Cache]
+"""What enters the output projection, and the cache with the current tokens appended."""
+
+Attend = Callable[[Asked, Callable[[Asked], Attended]], Attended]
+"""One token's attention by a kernel, which the core does not know: the block's parameter "attend", called with what is
+asked and the function that it stands for."""
+
+
+def attention(spec: AttentionSpec, p: Mapping[str, Any], x: Float[Array, "batch time width"], cache: Cache | None = None) -> Attended:
     """What enters the output projection, and the cache with the current tokens appended."""
     q, k, v = _project(spec, p, x)
-    positions = positions_of(x, cache)
+    rope = spec.position if isinstance(spec.position, RopeSpec) else None
     if spec.qk_norm is not None and not spec.qk_norm.after_rope:
         q, k = _normalized(spec, p, q, k)
     if spec.clip is not None:
         q, k, v = (jnp.clip(part, -spec.clip, spec.clip) for part in (q, k, v))
-    if isinstance(spec.position, RopeSpec):
-        q, k = rotate(spec.position, q, positions), rotate(spec.position, k, positions)
     if spec.qk_norm is not None and spec.qk_norm.after_rope:
+        if rope is not None:
+            positions = positions_of(x, cache)
+            q, k, rope = rotate(rope, q, positions), rotate(rope, k, positions), None
         q, k = _normalized(spec, p, q, k)
-    after = append(cache, k, v)
     scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-    bias = alibi(spec.position, spec.heads, after.k.shape[2], scale) if isinstance(spec.position, AlibiSpec) else None
-    options = {"window": spec.window, "softcap": spec.softcap, "bias": bias, "sinks": p["sinks"] if spec.sinks else None}
-    return mix(q, after.k, after.v, positions, scale=scale, causal=cache is None, **options), after
+    length = x.shape[1] if cache is None else cache.k.shape[2]
+    bias = alibi(spec.position, spec.heads, length, scale) if isinstance(spec.position, AlibiSpec) else None
+    asked = Asked(q, k, v, cache, bias, p["sinks"] if spec.sinks else None, rope, scale, spec.window, spec.softcap)
+    kernel: Attend | None = p.get("attend") if cache is not None and x.shape[1] == 1 else None
+    return _attended(asked) if kernel is None else kernel(asked, _attended)
 
 
-def positions_of(x: Float[Array, "batch time width"], cache: Cache | None) -> Int[Array, "#batch time"]:
+def _attended(asked: Asked) -> Attended:
+    """The same from the projections: rotated, appended and mixed."""
+    q, k, positions = asked.q, asked.k, asked.positions
+    if asked.rope is not None:
+        q, k = rotate(asked.rope, q, positions), rotate(asked.rope, k, positions)
+    after = append(asked.cache, k, asked.v)
+    options = {"scale": asked.scale, "window": asked.window, "softcap": asked.softcap, "bias": asked.bias, "sinks": asked.sinks}
+    return mix(q, after.k, after.v, positions, causal=asked.cache is None, **options), after
+
+
+def positions_of(x: Float[Array, "batch time ..."], cache: Cache | None) -> Int[Array, "#batch time"]:
     """The positions of the current tokens."""
     start = jnp.zeros((1, 1), jnp.int32) if cache is None else cache.used[:, None]
     return start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]

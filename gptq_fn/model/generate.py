@@ -125,7 +125,19 @@ def _one_by_one(spec: ModelSpec, params: Params, state: _State, how: _How, top_k
 
 @partial(jax.jit, static_argnames=("spec", "top_k", "count"), donate_argnames="state")
 def _whole_steps(spec: ModelSpec, params: Params, state: _State, how: _How, top_k: int | None, count: int) -> _State:
-    return jax.lax.fori_loop(0, count, lambda _, state: _step(spec, params, state, how, top_k), state)
+    """`count` steps. They pass on one count of tokens for the caches of all blocks, so that XLA computes what depends on it once."""
+
+    def counted(x: Array, text: _Text, held: list[tuple[Array, Array]], used: Array) -> _State:
+        return _State(x, text, [Cache(k, v, used) for k, v in held])
+
+    def step(
+        _: Array, carried: tuple[Array, _Text, list[tuple[Array, Array]], Array]
+    ) -> tuple[Array, _Text, list[tuple[Array, Array]], Array]:
+        x, text, caches = _step(spec, params, counted(*carried), how, top_k)
+        return x, text, [(k, v) for k, v, _ in caches], caches[0].used
+
+    carried = state.x, state.text, [(k, v) for k, v, _ in state.caches], state.caches[0].used
+    return counted(*jax.lax.fori_loop(0, count, step, carried))
 
 
 def _together(spec: ModelSpec, params: Params, state: _State, how: _How, top_k: int | None, count: int) -> _State:

@@ -24,19 +24,26 @@ from gptq_fn.spec import (
 def rotate(
     rope: RopeSpec, x: Float[Array, "batch time heads dim"], positions: Int[Array, "#batch time"]
 ) -> Float[Array, "batch time heads dim"]:
-    """The heads with their first `rope.dim` features rotated by angles that grow with `positions`.
-
-    Scalings that depend on the length of the text take that of the longest sample, as transformers does.
-    """
-    angles = positions.astype(jnp.float32)[..., None] * frequencies(rope, positions.max() + 1)[None, None]
-    amplitude = rope.scaling.amplitude if isinstance(rope.scaling, YarnScaling | LongScaling) else 1.0
-    turns = jax.lax.platform_dependent(jnp.cos(angles), jnp.sin(angles), cpu=_once, default=lambda *turns: turns)
-    cos, sin = ((turn * amplitude)[:, :, None, :].astype(x.dtype) for turn in turns)
+    """The heads with their first `rope.dim` features rotated by angles that grow with `positions`; see `turns_of`."""
+    cos, sin = (turn[:, :, None, :].astype(x.dtype) for turn in turns_of(rope, positions))
     turning, still = x[..., : rope.dim], x[..., rope.dim :]
     a, b = (turning[..., ::2], turning[..., 1::2]) if rope.interleaved else jnp.split(turning, 2, -1)
     turned = a * cos - b * sin, b * cos + a * sin
     turning = jnp.stack(turned, -1).reshape(turning.shape) if rope.interleaved else jnp.concatenate(turned, -1)
     return jnp.concatenate([turning, still], -1)
+
+
+def turns_of(
+    rope: RopeSpec, positions: Int[Array, "#batch time"]
+) -> tuple[Float[Array, "#batch time half"], Float[Array, "#batch time half"]]:
+    """What rotates each pair at these positions: the cosine and the sine of its angle, times the scaling's amplitude, in float32.
+
+    Scalings that depend on the length of the text take that of the longest sample, as transformers does.
+    """
+    angles = positions.astype(jnp.float32)[..., None] * frequencies(rope, positions.max() + 1)[None, None]
+    amplitude = rope.scaling.amplitude if isinstance(rope.scaling, YarnScaling | LongScaling) else 1.0
+    cos, sin = jax.lax.platform_dependent(jnp.cos(angles), jnp.sin(angles), cpu=_once, default=lambda *turns: turns)
+    return cos * amplitude, sin * amplitude
 
 
 def _once(cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]) -> tuple[Array, Array]:

@@ -4,12 +4,13 @@ import jax
 import numpy as np
 
 from gptq_fn_kernels.jax import fragments, rows
+from gptq_fn_kernels.jax.attention import attend
 from gptq_fn_kernels.jax.columns import SMALLEST, WIDEST, round_columns
 from gptq_fn_kernels.jax.fragments import Fragments
 from gptq_fn_kernels.jax.launch import missing
 from gptq_fn_kernels.jax.rows import Rows
 
-__all__ = ["SMALLEST", "WIDEST", "Fragments", "Rows", "missing", "pack", "round_columns"]
+__all__ = ["SMALLEST", "WIDEST", "Fragments", "Rows", "attend", "missing", "pack", "round_columns", "serves"]
 
 
 def pack(
@@ -21,5 +22,10 @@ def pack(
     the codes are on; what it computes does not depend on where it is computed. Reads values: not for use under jit.
     """
     symmetric = bool((zero == 2 ** (bits - 1)).all())
-    form = fragments if missing() is None and all(device.platform == "gpu" for device in codes.devices()) else rows
+    form = fragments if serves(codes) else rows
     return form.pack(codes, scale, zero, np.asarray(group_of), bits, symmetric, bias)
+
+
+def serves(array: jax.Array) -> bool:
+    """Whether kernels can be launched where the array is."""
+    return missing() is None and all(device.platform == "gpu" for device in array.devices())

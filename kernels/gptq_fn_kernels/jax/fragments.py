@@ -10,7 +10,15 @@ import numpy as np
 
 from gptq_fn_kernels.jax.launch import launch
 from gptq_fn_kernels.slots import slots_of
-from gptq_fn_kernels.triton.layout import SMALLEST_GROUP, chunk_of, largest_group_of, pack_words, unpack_words
+from gptq_fn_kernels.triton.layout import (
+    FOR_TRITON,
+    FROM_TRITON,
+    SMALLEST_GROUP,
+    chunk_of,
+    largest_group_of,
+    pack_words,
+    unpack_words,
+)
 from gptq_fn_kernels.triton.plan import DENSE_OUTPUTS, Gpu, constants_of, plan_of
 
 
@@ -27,7 +35,7 @@ class Fragments:
     """
 
     words: jax.Array
-    """int32 [chunks, out, 16], as in `gptq_fn_kernels.triton.layout`."""
+    """int32 [chunks, out, 16], as in `gptq_fn_kernels.triton.layout`, in Triton's order."""
     high: jax.Array | None
     """int16 [chunks, out, 16]: the highest bits of codes of 3 bits."""
     zeros: jax.Array | None
@@ -63,7 +71,8 @@ def _words(codes: jax.Array, zero: jax.Array, inputs: np.ndarray, groups: np.nda
     # An empty slot holds its group's zero point, so its weight is 0.
     held = jnp.where((inputs == codes.shape[1])[None], zero[:, groups], codes.at[:, inputs].get(mode="clip"))
     words, high = pack_words(held.astype(jnp.int32), bits)
-    return words, None if high is None else high.astype(jnp.int16)
+    order = np.asarray(FOR_TRITON)
+    return words[..., order], None if high is None else high[..., order].astype(jnp.int16)
 
 
 @jax.custom_vjp
@@ -87,16 +96,16 @@ _product.defvjp(_forward, _backward)
 def _by_kernel(p: Fragments, x: jax.Array) -> jax.Array:
     """x [m, k] -> [m, out], by the kernels that `gptq_fn_kernels.triton.plan` names for a GPU."""
     (m, k), (chunks, n, _) = x.shape, p.words.shape
-    gpu, weight = _gpu(), {"words": p.words, "high": p.high, "zeros": p.zeros, "scales": p.scales}
-    if gpu is None:  # this branch is traced, too, where the program will run elsewhere
+    here, weight = gpu(), {"words": p.words, "high": p.high, "zeros": p.zeros, "scales": p.scales}
+    if here is None:  # this branch is traced, too, where the program will run elsewhere
         return _dense(p, x)
     constants = constants_of(p.bits, p.group, x.dtype == jnp.bfloat16)
-    plan = plan_of(m, n, k, bits=p.bits, itemsize=x.dtype.itemsize, gpu=gpu)
+    plan = plan_of(m, n, k, bits=p.bits, itemsize=x.dtype.itemsize, gpu=here)
     if plan is None:
         whole = jax.ShapeDtypeStruct((n, chunks * chunk_of(p.bits)), x.dtype)
         numbers = {"n": n, "width": whole.shape[1], "BN": DENSE_OUTPUTS, **constants}
         return _matmul(_slotted(p, x), launch("kernels.dequantized", weight, [whole], (chunks, -(-n // DENSE_OUTPUTS)), numbers)[0])
-    precision = "tf32x3" if x.dtype == jnp.float32 and gpu.tensor_float else "ieee"
+    precision = "tf32x3" if x.dtype == jnp.float32 and here.tensor_float else "ieee"
     blocks = {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "PRECISION": precision, "OVERLAP": False}
     if plan.kernel == "few_rows":
         numbers = {"m": m, "n": n, "k": k, "chunks": chunks, "stride": k}
@@ -111,14 +120,14 @@ def _by_kernel(p: Fragments, x: jax.Array) -> jax.Array:
 
 
 @cache
-def _gpu() -> Gpu | None:
+def gpu() -> Gpu | None:
     """The GPU that plans are made for: JAX's first of NVIDIA, or None."""
     try:
-        gpu: Any = jax.devices("cuda")[0]
+        found: Any = jax.devices("cuda")[0]
     except RuntimeError:
         return None
     # XLA launches kernels one after the other, so none overlaps the one before.
-    return Gpu(gpu.core_count, gpu.shared_memory_per_block_optin, tensor_float=float(gpu.compute_capability) >= 8, overlap=False)
+    return Gpu(found.core_count, found.shared_memory_per_block_optin, tensor_float=float(found.compute_capability) >= 8, overlap=False)
 
 
 def _slotted(p: Fragments, x: jax.Array) -> jax.Array:
@@ -139,6 +148,8 @@ def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 def dequantize(p: Fragments) -> jax.Array:
     """The weight [out, slots] in float32; 0 in slots without an input."""
-    codes = unpack_words(p.words, None if p.high is None else p.high.astype(jnp.int32), p.bits, jnp.stack)
+    order = np.asarray(FROM_TRITON)
+    high = None if p.high is None else p.high[..., order].astype(jnp.int32)
+    codes = unpack_words(p.words[..., order], high, p.bits, jnp.stack)
     levels = codes.reshape(len(codes), -1, p.group) - (2 ** (p.bits - 1) if p.zeros is None else p.zeros.T.astype(jnp.int32)[..., None])
     return (levels.astype(jnp.float32) * p.scales.T.astype(jnp.float32)[..., None]).reshape(len(codes), -1)

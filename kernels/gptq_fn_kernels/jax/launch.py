@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -38,17 +39,27 @@ def launch(
     constants: Mapping[str, Any],
     *,
     warps: int = 4,
+    inside: Mapping[str, int] = MappingProxyType({}),
 ) -> list[jax.Array]:
     """The outputs, on a GPU, of the kernel of this name, module and function, in `gptq_fn_kernels.triton`.
 
     `inputs` and `constants` are its arguments by name, the outputs aside; inputs that are None are constants. Inputs
-    come in the order of its parameters, and the outputs after them.
+    come in the order of its parameters, and the outputs after them. `inside`: inputs that the output of this number
+    overwrites; XLA copies them before where they are still needed.
     """
     arrays = {name: a for name, a in inputs.items() if a is not None}
     absent = [(name, None) for name, a in inputs.items() if a is None]
     options = tuple(sorted([*constants.items(), *absent]))
+    written = tuple((list(arrays).index(name), out) for name, out in inside.items())
     return _launch.bind(
-        *arrays.values(), names=tuple(arrays), kernel=kernel, outs=tuple(outs), grid=tuple(grid), constants=options, warps=warps
+        *arrays.values(),
+        names=tuple(arrays),
+        kernel=kernel,
+        outs=tuple(outs),
+        grid=tuple(grid),
+        constants=options,
+        warps=warps,
+        inside=written,
     )
 
 
@@ -61,7 +72,9 @@ def _shapes(*_: Any, outs: Sequence[jax.ShapeDtypeStruct], **__: Any) -> Any:
     return [ShapedArray(out.shape, out.dtype) for out in outs]
 
 
-def _lowered(ctx: Any, *arrays: Any, names: Sequence[str], kernel: str, outs: Any, grid: Sequence[int], constants: Any, warps: int) -> Any:
+def _lowered(
+    ctx: Any, *arrays: Any, names: Sequence[str], kernel: str, outs: Any, grid: Sequence[int], constants: Any, warps: int, inside: Any
+) -> Any:
     from jaxlib import gpu_triton
 
     types = tuple(_pointer(aval.dtype) for aval in ctx.avals_in)
@@ -69,7 +82,7 @@ def _lowered(ctx: Any, *arrays: Any, names: Sequence[str], kernel: str, outs: An
     parameters = [gpu_triton.create_array_parameter(0, 16)] * (len(arrays) + len(outs))
     call = gpu_triton.TritonKernelCall(binary, *grid, *[1] * (3 - len(grid)), parameters)
     opaque = zlib.compress(call.to_proto(kernel, b""))
-    return jax.ffi.ffi_lowering(_TARGET, api_version=4)(ctx, *arrays, opaque=opaque)
+    return jax.ffi.ffi_lowering(_TARGET, api_version=4, operand_output_aliases=dict(inside))(ctx, *arrays, opaque=opaque)
 
 
 def _pointer(dtype: Any) -> str:

@@ -16,8 +16,8 @@ def levels_of(w, h, zero, magic, ROWS: tl.constexpr, GROUPS: tl.constexpr, BITS:
     """code - zero of words [ROWS, 16] and zero points [ROWS, GROUPS]: [ROWS, GROUPS, 32 * FIELDS / GROUPS] in float16 or bfloat16, exact.
 
     A code is put into the mantissa of a float whose exponent makes it count 1: 1024 + code, or 128 + code in bfloat16.
-    `magic` is that float's bits, twice. It is an argument because a constant that the compiler knows costs one
-    instruction more for each pair.
+    `magic` is that float's bits, twice. A constant that the compiler knows costs one instruction more for each pair, so it
+    is an argument, to which kernels add a zero of the grid's for JAX, where arguments are constants.
     """
     FLOAT: tl.constexpr = tl.bfloat16 if BRAIN else tl.float16
     BASE: tl.constexpr = 128 if BRAIN else 1024
@@ -29,8 +29,8 @@ def levels_of(w, h, zero, magic, ROWS: tl.constexpr, GROUPS: tl.constexpr, BITS:
         pairs = pairs | ((spread[:, :, None] >> field) & 0x00040004)
     low = (pairs & 0xFFFF).to(tl.uint16).to(FLOAT, bitcast=True)
     high = ((pairs >> 16) & 0xFFFF).to(tl.uint16).to(FLOAT, bitcast=True)
-    # row, lane, half, eight, field, pair -> row, half, field, eight, lane, pair: inputs in their order
-    codes = tl.permute(tl.reshape(tl.join(low, high), (ROWS, 4, 2, 2, FIELDS, 2)), (0, 2, 4, 3, 1, 5))
+    # row, lane's higher bit, eight, lane's lower bit, half, field, pair -> row, half, field, eight, lane, pair: inputs in their order
+    codes = tl.permute(tl.reshape(tl.join(low, high), (ROWS, 2, 2, 2, 2, FIELDS, 2)), (0, 4, 5, 2, 1, 3, 6))
     codes = tl.reshape(codes, (ROWS, GROUPS, 32 * FIELDS // GROUPS))
     return codes - (zero.to(FLOAT) + BASE)[:, :, None]
 
@@ -80,6 +80,7 @@ def few_rows(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    magic += tl.num_programs(2) - 1  # nothing; see levels_of
     CHUNK: tl.constexpr = 32 * FIELDS
     GROUPS: tl.constexpr = CHUNK // GROUP
     part, out, row = tl.arange(0, SPLIT), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM)
@@ -112,6 +113,7 @@ def many_rows(
     """y [SPLIT, m, n]: the sums over each of SPLIT ranges of chunks. Programs that follow each other share words in L2."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+    magic += tl.num_programs(2) - SPLIT  # nothing; see levels_of
     CHUNK: tl.constexpr = 32 * FIELDS
     GROUPS: tl.constexpr = CHUNK // GROUP
     out, row = tl.program_id(1) * BN + tl.arange(0, BN), tl.program_id(0) * BM + tl.arange(0, BM)

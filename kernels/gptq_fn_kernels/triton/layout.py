@@ -8,6 +8,11 @@ wants. Word and field are numbered so that a thread of `mma` or `wgmma` finds th
     word               = lane * 4 + half * 2 + eight             (lane < 4; half, eight and pair < 2)
     bit                = pair * 16 + field * bits
 
+That is the order of the CUDA kernels. Where codes are joined to pairs, Triton (3.6) gives a thread of `mma` four neighbouring
+inputs instead of two twice, so of a lane's number the lower bit belongs to the thread's own words, and eight does not:
+
+    word of Triton     = lane // 2 * 8 + eight * 4 + lane % 2 * 2 + half
+
 Codes of 3 bits are cut into their lower 2, held like codes of 2 bits, and their highest, 16 of which fill a short word
 that belongs to a word of the lower ones: bit = pair * 8 + field. So every width takes as many bits as it is called.
 Everything here is shifts and reshapes of whole numbers, so it serves torch tensors and JAX and NumPy arrays alike.
@@ -19,6 +24,12 @@ from typing import Any
 
 WORDS = 16
 """Words of one output in a chunk."""
+
+FOR_TRITON = [8 * high + 4 * low + 2 * half + eight for high in (0, 1) for eight in (0, 1) for low in (0, 1) for half in (0, 1)]
+"""The word of `pack_words` that is each of the Triton kernels' words."""
+
+FROM_TRITON = [FOR_TRITON.index(word) for word in range(WORDS)]
+"""The other way."""
 
 SMALLEST_GROUP = 16
 """Inputs that a matrix instruction takes at once: they share a scale."""

@@ -6,7 +6,7 @@ import torch
 
 from gptq_fn_kernels.problem import Packed
 from gptq_fn_kernels.slots import slots_of
-from gptq_fn_kernels.triton.layout import SMALLEST_GROUP, chunk_of, largest_group_of, pack_words
+from gptq_fn_kernels.triton.layout import FOR_TRITON, SMALLEST_GROUP, chunk_of, largest_group_of, pack_words
 from gptq_fn_kernels.words import unpack
 
 _BLOCK = 2**24
@@ -22,7 +22,7 @@ class TritonWeight:
     """A weight [n, k] whose inputs are held in `width` slots, a whole number of chunks; slots without an input have weight 0."""
 
     words: torch.Tensor
-    """int32 [width / chunk, n, 16], as in `layout`."""
+    """int32 [width / chunk, n, 16], as in `layout`, in Triton's order."""
     high: torch.Tensor | None
     """int16 [width / chunk, n, 16]: the highest bits of codes of 3 bits."""
     zeros: torch.Tensor | None
@@ -53,7 +53,9 @@ def prepare(packed: Packed) -> TritonWeight:
     held = held_of(packed, largest_group_of(packed.bits))
     zeros = None if packed.symmetric else packed.zeros[held.groups].to(torch.float16)
     scales = packed.scales[held.groups]
-    return TritonWeight(held.words, held.high, zeros, scales, held.gather, packed.bits, held.share, packed.k, packed.n)
+    words, high = (None if part is None else part[..., FOR_TRITON] for part in (held.words, held.high))
+    assert words is not None
+    return TritonWeight(words, high, zeros, scales, held.gather, packed.bits, held.share, packed.k, packed.n)
 
 
 @dataclass(frozen=True, eq=False)
