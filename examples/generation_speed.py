@@ -7,6 +7,7 @@ Weights are random and made on the device, since speed does not depend on them: 
 
   generate   transformers' `generate`, with each number of beams
   captured   transformers' model with a static cache; one decode step in a CUDA graph that is replayed for each token
+  compiled   the same, but torch.compile has fused the step's small programs before; only if it is asked for, since it takes a minute
   jax        `gptq_fn.generate`, on the same weights
 
 Every figure is of whole texts, prompts included, but without what is done once: compiling, capturing, packing.
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=["llama-7b", "llama-3-8b"], choices=SHAPES)
     parser.add_argument("--weights", nargs="+", default=["dense", "int"], choices=("dense", "int"), help="the model as it is, or quantized")
-    parser.add_argument("--paths", nargs="+", default=["generate", "captured", "jax"], choices=("generate", "captured", "jax"))
+    parser.add_argument("--paths", nargs="+", default=["generate", "captured", "jax"], choices=("generate", "captured", "compiled", "jax"))
     parser.add_argument("--num-samples", type=int, default=1, help="how often each text is generated; the median counts")
     parser.add_argument("--prompt", type=int, default=64, help="tokens in a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=512)
@@ -128,7 +129,9 @@ def random_tensors(out: int, inputs: int, spread: float, args: argparse.Namespac
 def ways(model: Any, prompts: torch.Tensor, args: argparse.Namespace) -> Any:
     """(path, beams, what generates that way, how many tokens, how many before time counts) of each way, made when it is its turn."""
     if "captured" in args.paths:
-        yield "captured", None, captured(model, prompts, args), args.max_new_tokens, 8
+        yield "captured", None, captured(model, model, prompts, args), args.max_new_tokens, 8
+    if "compiled" in args.paths:
+        yield "compiled", None, captured(model, torch.compile(model, fullgraph=True, dynamic=False), prompts, args), args.max_new_tokens, 8
     if "generate" in args.paths:
         for beams in args.num_beams:
             yield "generate", beams, plain(model, prompts, beams), args.generate_tokens or args.max_new_tokens, 8
@@ -147,26 +150,27 @@ def plain(model: Any, prompts: torch.Tensor, beams: int) -> Text:
     return text
 
 
-def captured(model: Any, prompts: torch.Tensor, args: argparse.Namespace) -> Text:
-    """Prompts through the model, then replays of a captured step, which reads the newest tokens and writes the next ones.
+def captured(model: Any, stepping: Any, prompts: torch.Tensor, args: argparse.Namespace) -> Text:
+    """Prompts through the model, then replays of a captured step of the model `stepping`, which reads the newest tokens and writes
+    the next ones.
 
     On a CPU the step is called instead.
     """
     cache = StaticCache(config=model.config, max_cache_len=prompts.shape[1] + args.max_new_tokens + 8)
     newest = torch.zeros(len(prompts), 1, dtype=torch.long, device=prompts.device)
 
-    @torch.inference_mode()
-    def step(tokens: torch.Tensor = newest) -> None:
-        logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    @torch.no_grad()
+    def step(tokens: torch.Tensor = newest, through: Any = stepping) -> None:
+        logits = through(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         newest.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
-    step(prompts)
+    step(prompts, model)
     replay = step if prompts.device.type == "cpu" else captured_in_graph(step)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def text(n: int) -> list[list[int]]:
         cache.reset()
-        step(prompts)
+        step(prompts, model)
         found = [prompts, newest.clone()]
         for _ in range(n - 1):
             replay()
