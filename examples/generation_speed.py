@@ -117,11 +117,13 @@ def random_tensors(out: int, inputs: int, spread: float, args: argparse.Namespac
     """What a symmetric checkpoint of format v1 holds of a linear without a bias."""
     bits, device, groups = args.bits, args.device, -(-inputs // args.group_size)
     zeros = torch.full((out + -out % chunk_of(bits)[0], groups), 2 ** (bits - 1) - 1, dtype=torch.int32, device=device)
+    signs = 2 * torch.randint(0, 2, (groups, out), device=device) - 1
     scale = spread * 12**0.5 / 2**bits  # the standard deviation of whole numbers below 2^bits is 2^bits / sqrt(12)
     return {
         "qweight": torch.randint(-(2**31), 2**31, (words_of(inputs, bits), out), dtype=torch.int32, device=device),
         "qzeros": pack(zeros, bits, torch.stack)[: words_of(out, bits)].T.contiguous(),
-        "scales": (scale * (0.5 + torch.rand(groups, out, device=device))).to(args.dtype),
+        # Of either sign: codes are half a step below their zero point on average, which would add up until float16 overflows.
+        "scales": (scale * (0.5 + torch.rand(groups, out, device=device)) * signs).to(args.dtype),
         "g_idx": torch.arange(inputs, dtype=torch.int32, device=device) // args.group_size,
     }
 
