@@ -77,7 +77,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 }
                 asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // TMA writes there next
                 __syncwarp();
-                for (const int from = i; i < from + LENT; ++i) ring.release(i);
+                for (const int from = i; i < from + LENT; ++i) {
+                    ring.wait_full(i);  // else a warp that is ahead would release what others still read in this place
+                    ring.release(i);
+                }
             }
             stop = start;
         }
