@@ -100,7 +100,8 @@ def quantize(
         keep_hessians: A directory in which to keep the Hessians of all linears, for gptq-fn sweep.
         budget: Bits a weight, scales and zero points included, with which the model shall do best: bits and groups of each linear
             are chosen for it, from a calibration pass of its own. A rule's linears are left to the rule.
-        budget_kl: The same for the fewest bits with which the KL to the float model is predicted to be this, in nats a token.
+        budget_kl: The same for the fewest bits with which the KL to the float model is predicted to be this, in nats a token, on text like
+            the calibration.
         probe_data: Text on which a budget measures KL beside other samples of the calibration text: "spoken" is what the model itself
             says, for which all of it has to be in memory, and all else as for data. That of data itself: no other text.
         measured: The file for what a budget measures, by default DESTINATION.budget.json; what is there already is not measured again.
