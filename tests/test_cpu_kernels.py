@@ -163,15 +163,25 @@ def test_the_operator_is_described_as_it_is(rows: int) -> None:
         form = prepared_of(64, 40, Scheme(), dtype)[0].form
         arguments = (activations(rows, 64, dtype, 0), form.words, form.scales, form.zeros, form.runs, form.inputs, form.n, form.bits)
         torch.library.opcheck(torch.ops.gptq_fn.cpu_vectors.default, arguments)
+        grad = activations(rows, 40, dtype, 0)
+        torch.library.opcheck(torch.ops.gptq_fn.cpu_vectors_gradient.default, (grad, *arguments[1:6], form.k, form.bits))
 
 
-def test_gradients_pass() -> None:
-    prepared, weight = prepared_of(64, 96, Scheme(3))
-    x = activations(5, 64, torch.float32, 0).requires_grad_()
-    y = multiply(x, prepared)
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    torch.testing.assert_close(x.grad, grad @ weight.float())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("rows", [0, 1, 5, 40])
+def test_gradients_pass(dtype: torch.dtype, tolerance: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through one panel and through several, the last of them with fewer outputs than it has room for."""
+    prepared, weight = prepared_of(64, 288, Scheme(3, 24), dtype)
+    for room in (vectors._PANEL, 64 * 64 * dtype.itemsize):
+        monkeypatch.setattr(vectors, "_PANEL", room)
+        x = activations(rows, 64, dtype, 0).requires_grad_()
+        y = multiply(x, prepared)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        y.backward(grad)
+        exact = grad.double() @ weight.double()
+        assert x.grad is not None
+        assert x.grad.dtype == dtype
+        assert (x.grad.double() - exact).norm() <= tolerance * exact.norm()
 
 
 def test_it_says_what_it_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", cuda.on_hopper, prepare_for_cuda, cuda.matmul, cuda.gradient),
     Backend("triton", triton.unsupported, prepare_for_triton, triton.matmul, triton.gradient),
     Backend("multistage", cuda.elsewhere, prepare_for_cuda, cuda.matmul, cuda.gradient),
-    Backend("cpu_vectors", vectors.unsupported, vectors.prepare, vectors.matmul),
+    Backend("cpu_vectors", vectors.unsupported, vectors.prepare, vectors.matmul, vectors.gradient),
     Backend("reference", reference.unsupported, reference.prepare, reference.matmul),
 )
 """Every backend, the preferred one first; the reference serves what no other does."""

@@ -7,7 +7,7 @@ float32 and rounded once; panels in bfloat16 where the activations are, since ma
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -53,6 +53,7 @@ class Vectors:
     inputs: torch.Tensor
     """int32 [rows, codes in a word]: the input of each code, or k where the group has no more."""
     n: int
+    k: int
     bits: int
     arrays: tuple[np.ndarray, ...]
     """The same memory as the loops take it: inputs, words as uint32, scales, zeros, runs."""
@@ -90,7 +91,7 @@ def prepare(packed: Packed) -> Vectors:
     runs = [(r, min(r + _RUN, end), g) for g, (start, end) in spans for r in range(start, end, _RUN)]
     scales, zeros = _blocks(packed.scales.float(), blocks), _blocks(packed.zeros.to(torch.uint8), blocks)
     table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 3)
-    return Vectors(words, scales, zeros, table, inputs, packed.n, packed.bits, _arrays(inputs, words, scales, zeros, table))
+    return Vectors(words, scales, zeros, table, inputs, packed.n, packed.k, packed.bits, _arrays(inputs, words, scales, zeros, table))
 
 
 def matmul(x: torch.Tensor, form: Vectors) -> torch.Tensor:
@@ -98,6 +99,13 @@ def matmul(x: torch.Tensor, form: Vectors) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.gptq_fn.cpu_vectors(x, form.words, form.scales, form.zeros, form.runs, form.inputs, form.n, form.bits)
     return _multiply(x, form.arrays, form.n, form.bits)  # spares the operator and its tensors' conversions, 50 us
+
+
+def gradient(grad: torch.Tensor, form: Vectors) -> torch.Tensor:
+    """grad [m, n] of a product -> grad @ weight [m, k], with the weight dequantized panel by panel."""
+    if torch.compiler.is_compiling():
+        return torch.ops.gptq_fn.cpu_vectors_gradient(grad, form.words, form.scales, form.zeros, form.runs, form.inputs, form.k, form.bits)
+    return _gradient(grad, form.arrays, form.k, form.bits)
 
 
 def _arrays(*tensors: torch.Tensor) -> tuple[np.ndarray, ...]:
@@ -117,44 +125,60 @@ def _multiply(x: torch.Tensor, form: tuple[np.ndarray, ...], n: int, bits: int) 
         in_threads(partial(loops.multiply, given, *form, (0,) * bits, (0,) * tile, sums), 0, blocks, words * -(-rows // tile))
         y = torch.from_numpy(sums).to(x.dtype)
     else:
-        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        dtype = _type_of_panels(x.dtype)
         given, sums = x.reshape(rows, k).to(dtype), torch.empty(rows, n, dtype=dtype)
-        panels = -(-blocks * _BLOCK * k * dtype.itemsize // _PANEL)
-        step = -(-blocks // panels)
-        panel = torch.empty(k + 1, step * _BLOCK, dtype=dtype)
-        written = (panel if dtype == torch.float32 else panel.view(torch.uint16)).numpy()
-        for first in range(0, blocks, step):
-            in_threads(partial(loops.dequantize, *form, (0,) * bits, written, first), first, min(first + step, blocks), words)
-            columns = sums[:, first * _BLOCK : (first + step) * _BLOCK]
-            torch.mm(given, panel[:-1, : columns.shape[1]], out=columns)
+        for outputs, panel in _panels(form, k, bits, dtype):
+            columns = sums[:, outputs]
+            torch.mm(given, panel[:, : columns.shape[1]], out=columns)
         y = sums.to(x.dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
 
 
-# Not `torch.library.custom_op`, whose wrappers take three times as long.
-torch.library.define(
-    "gptq_fn::cpu_vectors", "(Tensor x, Tensor words, Tensor scales, Tensor zeros, Tensor runs, Tensor inputs, int n, int bits) -> Tensor"
-)
+def _gradient(grad: torch.Tensor, form: tuple[np.ndarray, ...], k: int, bits: int) -> torch.Tensor:
+    """As `_multiply`; what panels give is added up in float32."""
+    dtype = _type_of_panels(grad.dtype)
+    given, sums = grad.to(dtype), torch.zeros(len(grad), k)
+    for outputs, panel in _panels(form, k, bits, dtype):
+        columns = given[:, outputs]
+        sums += columns @ panel[:, : columns.shape[1]].T
+    return sums.to(grad.dtype)
 
 
-@torch.library.impl("gptq_fn::cpu_vectors", "cpu")
-def _(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
-    runs: torch.Tensor,
-    inputs: torch.Tensor,
-    n: int,
-    bits: int,
-) -> torch.Tensor:
-    return _multiply(x, _arrays(inputs, words, scales, zeros, runs), n, bits)
+def _type_of_panels(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-@torch.library.register_fake("gptq_fn::cpu_vectors")
-def _(x: torch.Tensor, *form: Any) -> torch.Tensor:
-    *_, n, _bits = form
-    return x.new_empty(*x.shape[:-1], n)
+def _panels(form: tuple[np.ndarray, ...], k: int, bits: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The weight by panels [k, outputs], each in the place of the one before, and which outputs; the last may have more than there are."""
+    from gptq_fn_kernels.cpu import loops
+
+    blocks, words = len(form[1]), len(form[0])
+    step = -(-blocks // -(-blocks * _BLOCK * k * dtype.itemsize // _PANEL))
+    panel = torch.empty(k + 1, step * _BLOCK, dtype=dtype)
+    written = (panel if dtype == torch.float32 else panel.view(torch.uint16)).numpy()
+    for first in range(0, blocks, step):
+        in_threads(partial(loops.dequantize, *form, (0,) * bits, written, first), first, min(first + step, blocks), words)
+        yield slice(first * _BLOCK, (first + step) * _BLOCK), panel[:-1]
+
+
+def _operator(name: str, of: Callable[[torch.Tensor, tuple[np.ndarray, ...], int, int], torch.Tensor]) -> None:
+    """The operator that compilers see in place of `of`. Not `torch.library.custom_op`, whose wrappers take three times as long."""
+
+    def call(x: torch.Tensor, words: Any, scales: Any, zeros: Any, runs: Any, inputs: Any, width: int, bits: int) -> torch.Tensor:
+        return of(x, _arrays(inputs, words, scales, zeros, runs), width, bits)
+
+    def fake(x: torch.Tensor, *form: Any) -> torch.Tensor:
+        *_, width, _bits = form
+        return x.new_empty(*x.shape[:-1], width)
+
+    form = "Tensor words, Tensor scales, Tensor zeros, Tensor runs, Tensor inputs"
+    torch.library.define(f"gptq_fn::{name}", f"(Tensor x, {form}, int width, int bits) -> Tensor")
+    torch.library.impl(f"gptq_fn::{name}", "cpu", call)
+    torch.library.register_fake(f"gptq_fn::{name}", fake)
+
+
+_operator("cpu_vectors", _multiply)
+_operator("cpu_vectors_gradient", _gradient)
 
 
 def in_threads(work: Callable[[int, int], None], first: int, last: int, cost: int) -> None:
