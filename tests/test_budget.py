@@ -126,7 +126,15 @@ def test_each_text_is_measured_by_itself(source: Path, measured: Measured) -> No
         one = measure(source, CALIB, (probes,), CONFIG, SETTINGS)
         np.testing.assert_allclose(one.alone[0], measured.alone[text], rtol=1e-3)
         np.testing.assert_allclose([kl for (kl,) in one.uniform], [kl[text] for kl in measured.uniform], rtol=1e-3)
-        np.testing.assert_allclose(one.losses * one.alone[0, :, 1].sum(), one.alone[0], rtol=1e-9)
+        np.testing.assert_allclose(one.losses * one.among[0, :, 1].sum(), one.among[0], rtol=1e-9)
+
+
+def test_a_setting_that_breaks_models_costs_more_than_its_groups_alone(measured: Measured) -> None:
+    """Halfway, in logarithms, to what it costs where all groups have it; what was tried on each group costs as much as there."""
+    sums, whole = measured.alone.sum(1), np.asarray(measured.uniform).T
+    broken = replace(measured, uniform=(tuple(16 * kl for kl in sums[:, 0] * whole[:, 1] / sums[:, 1]), measured.uniform[1]))
+    np.testing.assert_allclose(broken.among[:, :, 0], 4 * measured.alone[:, :, 0], rtol=1e-9)
+    np.testing.assert_allclose(broken.among[:, :, 1], measured.alone[:, :, 1], rtol=1e-9)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))

@@ -128,20 +128,30 @@ class Measured:
         return kl[:, :, None] * errors / np.where(tried > 0, tried, np.inf)
 
     @cached_property
+    def among(self) -> Float[np.ndarray, "texts groups settings"]:
+        """What each group is taken to cost at each setting on each text, among groups at others.
+
+        That stands between what it costs alone and what all at its setting make of that, beside what they make of the setting
+        that was tried: the geometric middle of both.
+        """
+        grown = np.maximum(np.asarray(self.uniform, np.float64).T, TINY) / np.maximum(self.alone.sum(1), TINY)
+        return self.alone * np.sqrt(grown / grown[:, self.tried, None])[:, None]
+
+    @cached_property
     def losses(self) -> Float[np.ndarray, "groups settings"]:
         """What each group weighs at each setting: its share of the KL of a text, the geometric mean over the texts.
 
         Shares, since a text on which the model strays far would else decide alone; geometric, since what a group does on one
         text and on another differs by a factor.
         """
-        shares = self.alone / np.maximum(self.alone[:, :, self.tried].sum(1), TINY)[:, None, None]
+        shares = self.among / np.maximum(self.among[:, :, self.tried].sum(1), TINY)[:, None, None]
         return np.exp(np.log(np.maximum(shares, TINY)).mean(0))
 
     def _line(self, text: int) -> tuple[Float[np.ndarray, " settings"], Float[np.ndarray, " settings"]]:
-        """Logarithms of the sums over groups alone and of the KL of all of them on a text, each rising from setting to setting."""
-        found = self.alone[text].sum(0), np.asarray([each[text] for each in self.uniform])
-        alone, whole = (np.maximum.accumulate(np.log(np.maximum(np.sort(a), TINY))) for a in found)
-        return alone, whole
+        """Logarithms of the sums over groups and of the KL of all of them on a text, each rising from setting to setting."""
+        found = self.among[text].sum(0), np.asarray([each[text] for each in self.uniform])
+        sums, whole = (np.maximum.accumulate(np.log(np.maximum(np.sort(a), TINY))) for a in found)
+        return sums, whole
 
     def within(self, bits_per_weight: float) -> Int[np.ndarray, " groups"]:
         """The setting of each group with which the model strays least, at this size. Raises ValueError where all settings are larger."""
@@ -155,7 +165,7 @@ class Measured:
 
         Raises ValueError where all settings stray more.
         """
-        least, most = self.losses.min(1).sum(), self.losses.max(1).sum()
+        least, most = self.losses.min(1).sum(), self.losses.max(1).sum() * (1 + 1e-9)  # all at their worst are within
         chosen = allocate(self.losses, self.bits, least)
         if (best := self.summary(chosen)[1][0]) > kl:
             raise ValueError(f"A KL of {kl:g} cannot be reached: {_up(best)} is predicted for the best setting of each group.")
@@ -171,7 +181,7 @@ class Measured:
     def summary(self, chosen: Int[np.ndarray, " groups"]) -> tuple[float, tuple[float, ...]]:
         """Bits a weight of this choice, and its predicted KL on each text."""
         each = np.arange(len(chosen))
-        totals = self.alone[:, each, chosen].sum(1)
+        totals = self.among[:, each, chosen].sum(1)
         kl = tuple(_along(*self._line(text), float(total)) for text, total in enumerate(totals))
         return float(self.bits[each, chosen].sum() + self.fixed[0]) / self.weights, kl
 
