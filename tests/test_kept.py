@@ -192,7 +192,7 @@ def test_a_run_that_is_cut_off_leaves_the_hessians_of_its_complete_blocks(source
 @pytest.mark.slow
 def test_the_command_keeps_and_sweeps(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept, rules = str(tmp_path / "kept"), ("--rule", ".*(v|o|gate|up)_proj => skip")
-    options = ("--group-size", "32", "--grid", "minmax", *rules, "--samples", "8", "--length", "32")
+    options = ("--preset", "fast", "--group-size", "32", "--grid", "minmax", *rules, "--samples", "8", "--length", "32")
     main(["quantize", str(source), str(tmp_path / "run"), "--keep-hessians", kept, *options])
     settings = ("--bits", "2", "4", "--group-size", "32", "--grid", "minmax", *rules)
     main(["sweep", str(source), "--hessians", kept, *settings, "--out", str(tmp_path / "sweep.json")])

@@ -234,7 +234,7 @@ def test_a_full_disk_is_told_and_the_run_continues(source, whole, tmp_path, monk
 
 @pytest.mark.slow
 def test_a_source_that_shrinks_is_told_and_the_run_continues(source, whole, tmp_path):
-    here = copied(source, tmp_path / "in")
+    here = copied(source, tmp_path / source.name)  # the report tells the name
     content = (here / "model.safetensors").read_bytes()
 
     def truncate(done: int, *_: Any) -> None:
