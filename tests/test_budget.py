@@ -1,8 +1,10 @@
 """Budgets: the best choice there is, what it is chosen by, and the rules that it becomes."""
 
+import io
 import itertools
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +240,17 @@ def test_a_model_speaks_as_it_predicts(source: Path) -> None:
     assert len(set(text[:, 0].tolist())) > 8
     np.testing.assert_array_equal(spoken(source, samples=16, length=64, seed=3), text)
     assert (spoken(source, samples=16, length=64, seed=4) != text).mean() > 0.9
+
+
+def test_it_shows_how_far_the_model_has_spoken(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Screen())
+    text = cli_budget._samples("spoken", source, samples=2, length=16, seed=0)
+    np.testing.assert_array_equal(text, spoken(source, samples=2, length=16))
+    assert re.search(r"Letting the model speak.*15/15", sys.stderr.getvalue())  # pyright: ignore[reportAttributeAccessIssue] - a Screen
 
 
 def test_probes_are_in_no_calibration(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,15 @@ def test_steps_in_one_program_draw_what_single_programs_draw(opt, monkeypatch, o
     np.testing.assert_array_equal(together, apart)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_progress_tells_how_many_tokens_are_there(opt, monkeypatch, together):
+    spec, params, prompts, _ = opt
+    monkeypatch.setattr(module, "_start_takes_longer", lambda params: together)
+    told, n = [], module._LOOK + 3
+    generate(spec, params, prompts, n, progress=lambda *at: told.append(at))
+    assert told == [(module._LOOK + 1, n), (n, n)]
+
+
 def test_deeper_models_compile_nothing_more(opt, caplog, monkeypatch):
     """Where steps are programs of a block each, as they are on CPUs."""
     monkeypatch.setattr(module, "_start_takes_longer", lambda params: False)

@@ -1,6 +1,6 @@
 """Texts continued: the prompts once through the model, then a token at a time with a cache of keys and values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ def generate(
     key: Array | None = None,
     end: int | Sequence[int] = (),
     pad: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Int[Array, "batch time_plus_n"]:
     """`tokens` continued by `n` more: the likeliest ones, or drawn at `temperature` with the PRNG key `key`.
 
@@ -47,7 +48,8 @@ def generate(
     block's weights at a time are dequantized. On GPUs, where starting programs takes as long as a block does, several whole
     steps are one program; it compiles in proportion to the depth. A model of QuantizedLinears stays cut into blocks
     there, too, since XLA would hold the dequantized weights of all of them at once: `gptq_fn.kernels.pack` it. Nothing
-    but the looks waits for the device. Raises ValueError where options contradict each other or what is known of the model.
+    waits for the device but looks at whether texts have ended, and `progress`, which is called every few steps with the new
+    tokens that each text has and `n`. Raises ValueError where options contradict each other or what is known of the model.
     """
     require_sound(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
     prompts, lengths = _left_aligned(tokens, keep)
@@ -66,6 +68,8 @@ def generate(
         if len(ends) and bool(state.text.ended.all()):
             break
         state = steps(spec, params, state, how, top_k, min(_LOOK, n - done))
+        if progress:
+            progress(min(int(state.text.written), n), n)
     return jnp.concatenate([tokens, state.text.tokens.astype(tokens.dtype)], axis=1)
 
 

@@ -116,7 +116,8 @@ def _samples(name: str, directory: Path, samples: int, length: int, seed: int) -
     if name != SPOKEN:
         return tokens(name, directory, samples=samples, length=length, seed=seed)
     try:
-        return spoken(directory, samples=samples, length=length, seed=seed)
+        with progress("Letting the model speak", shown=not out.quiet) as advance:
+            return spoken(directory, samples=samples, length=length, seed=seed, progress=advance)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"The model could not speak: {str(error).splitlines()[0]} All of it has to be in memory for that; "
