@@ -125,7 +125,9 @@ def test_what_is_measured(measured: Measured) -> None:
 def test_each_text_is_measured_by_itself(source: Path, measured: Measured) -> None:
     """What a text costs does not depend on the texts beside it, nor on their order; of one text, losses are its KLs."""
     for text, probes in enumerate((PROBES, OTHER)):
-        one = measure(source, CALIB, (probes,), CONFIG, SETTINGS)
+        told = []
+        one = measure(source, CALIB, (probes,), CONFIG, SETTINGS, progress=lambda *at, told=told: told.append(at))
+        assert told == [(step + 1, 2 + len(probes)) for step in range(2 + len(probes))]
         np.testing.assert_allclose(one.alone[0], measured.alone[text], rtol=1e-3)
         np.testing.assert_allclose([kl for (kl,) in one.uniform], [kl[text] for kl in measured.uniform], rtol=1e-3)
         np.testing.assert_allclose(one.losses * one.among[0, :, 1].sum(), one.among[0], rtol=1e-9)

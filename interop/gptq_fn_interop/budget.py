@@ -256,8 +256,8 @@ def measure(
 
     Hessians are those of `calib`; `probes` are a few samples of each text that KL is measured on, in float32, none of them in
     `calib`: first of text like it, then of others, as `gptq_fn_interop.spoken` makes one. One block at a time is read, and
-    nothing is written. `progress` is told the blocks done and their number. Alphas count as 0: float inputs are not carried
-    along. Raises ValueError or OSError as `quantize_checkpoint` does.
+    nothing is written. `progress` is told the steps done and their number: the blocks, then the samples whose KLs are
+    there. Alphas count as 0: float inputs are not carried along. Raises ValueError or OSError as `quantize_checkpoint` does.
     """
     runtime = runtime or default_runtime()
     checkpoint, spec = open_source(source, config, spec)
@@ -272,6 +272,11 @@ def measure(
     solving, carrying = [replace(setting, alpha=0.0) for setting in settings], _carrying(config)
     beside = replace(runtime, mesh=None, observe=None)
     found = _Found(spec, groups, solving, runtime)
+
+    def told(done: int) -> None:
+        if progress:
+            progress(done, len(spec.blocks) + len(samples))
+
     # As in `quantize_checkpoint`.
     with threadpool_limits(1, "blas"), ahead(partial(read_block, spec, i, checkpoint) for i in range(len(spec.blocks))) as params:
         top = read_top(spec, checkpoint)
@@ -287,9 +292,8 @@ def measure(
             everything = tuple(name for group in groups[i] for name in group)
             uniform = [x for n, mine in enumerate(uniform) for x in through([mine], found.leaves(everything, n))]
             (exact,) = through([exact], {})
-            if progress:
-                progress(i + 1, len(spec.blocks))
-        kl = _divergences(spec, top, exact, [*alone, *uniform], text_of, beside)
+            told(i + 1)
+        kl = _divergences(spec, top, exact, [*alone, *uniform], text_of, beside, lambda done: told(len(spec.blocks) + done))
     sizes = _sizes(checkpoint, spec)
     measured = []
     for (i, names), of_it in zip(((i, names) for i, inside in enumerate(groups) for names in inside), kl, strict=False):
@@ -423,12 +427,14 @@ def _divergences(
     streams: Sequence[Sequence[Batch]],
     text_of: Sequence[int],
     runtime: Runtime,
+    progress: Callable[[int], None],
 ) -> list[tuple[float, ...]]:
     """KL(exact || stream) of the model's predictions on each text, in nats a token, for each stream of what leaves the last block.
 
-    `text_of` tells which text each sample is of.
+    `text_of` tells which text each sample is of, and `progress` is told how many are done.
     """
     shell, found, tokens = replace(spec, blocks=()), np.zeros((len(streams), max(text_of) + 1)), np.zeros(max(text_of) + 1)
+    done = 0
     for n, batch in enumerate(exact):
         x = runtime.store.get(batch.x)
         for row, sample in enumerate(batch.samples):
@@ -436,6 +442,7 @@ def _divergences(
             tokens[text] += int(batch.keep[row].sum())
             for m, stream in enumerate(streams):
                 found[m, text] += float(_divergence(shell, top, expected, runtime.store.get(stream[n].x)[row : row + 1], batch.keep[row]))
+            progress(done := done + 1)
     return [tuple(each) for each in np.maximum(found / tokens, 0.0).tolist()]
 
 

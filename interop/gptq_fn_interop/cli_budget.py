@@ -93,7 +93,7 @@ def chosen_config(
 
     def measured() -> budgets.Measured:
         found = [probes] if other is None else [probes, _samples(other, directory, len(probes), probes.shape[1], seed)]
-        with progress("Measuring blocks", shown=not out.quiet) as advance:
+        with progress("Measuring settings", shown=not out.quiet) as advance:
             return budgets.measure(directory, calib, found, config, settings, progress=advance, runtime=runtime)
 
     if file.exists():
