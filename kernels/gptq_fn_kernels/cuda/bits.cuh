@@ -19,8 +19,8 @@ __device__ __forceinline__ Magic magic_of() {
 }
 
 // What one group of an output is multiplied with, twice each: the scale, what its rounding to bfloat16 lost, and 1024, 64
-// or 128 more than the zero point, negative for bfloat16.
-struct Scale { u32 near, lost, low, high; };
+// or 128 more than the zero point, negative for bfloat16. And the scale as it is.
+struct Scale { u32 near, lost, low, high; float full; };
 
 __device__ __forceinline__ u32 twice(u32 half) { return __byte_perm(half, 0, 0x1010); }
 
@@ -53,16 +53,20 @@ __device__ __forceinline__ void load(u32 (&to)[4], u32 address) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address));
 }
 
+__device__ __forceinline__ void load(float (&to)[4], u32 address) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "r"(address));
+}
+
 // The scale, and with ZEROS the zero point behind it (a whole number in float16), at this address of shared memory.
 __device__ __forceinline__ Scale scale_of(u32 address) {
     Scale s = {};
     const u32 stored = short_at(address);
+    s.full = float_of(stored, SCALES);
     if (BRAIN) {
-        const float f = float_of(stored, SCALES);
-        s.near = SCALES ? twice(stored) : brains_of(f);
-        if (!SCALES) s.lost = brains_of(f - __uint_as_float(s.near << 16));
+        s.near = SCALES ? twice(stored) : brains_of(s.full);
+        if (!SCALES) s.lost = brains_of(s.full - __uint_as_float(s.near << 16));
     } else {
-        s.near = SCALES ? halves_of(float_of(stored, true)) : twice(stored);
+        s.near = SCALES ? halves_of(s.full) : twice(stored);
     }
     if (ZEROS) {
         const float zero = float_of(short_at(address + 2), false);
@@ -95,26 +99,27 @@ __device__ __forceinline__ u32 masked(u32 word, u32 magic) {
     return d;
 }
 
-// The weights of two neighbouring inputs: `field` of both halves of a word.
-__device__ __forceinline__ u32 weights_of(u32 word, int field, const Scale& s, const Magic& magic) {
-    u32 levels;
-    if (BRAIN && BITS == 4) {
-        levels = fused(masked<0x000F000F>(word >> (4 * field), magic.low), 0x3F803F80, s.low);
-    } else if (BITS == 4) {
+// What two neighbouring inputs have above their zero points: `field` of both halves of a word. Whole numbers up to 255, exact in both types.
+__device__ __forceinline__ u32 levels_of(u32 word, int field, const Scale& s, const Magic& magic) {
+    if (BRAIN && BITS == 4) return fused(masked<0x000F000F>(word >> (4 * field), magic.low), 0x3F803F80, s.low);
+    if (BITS == 4) {
         const u32 moved = field < 2 ? word : word >> 8;
-        levels = field % 2 ? minus(masked<0x00F000F0>(moved, magic.high), s.high) : minus(masked<0x000F000F>(moved, magic.low), s.low);
-    } else {
-        levels = minus(masked<0x00FF00FF>(word >> (8 * field), magic.low), s.low);
+        return field % 2 ? minus(masked<0x00F000F0>(moved, magic.high), s.high) : minus(masked<0x000F000F>(moved, magic.low), s.low);
     }
-    if (!BRAIN) {
-        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(levels) : "r"(levels), "r"(s.near));
-        return levels;
-    }
-    if (BITS == 8) {  // whole numbers up to 255 are exact in bfloat16
+    u32 levels = minus(masked<0x00FF00FF>(word >> (8 * field), magic.low), s.low);
+    if (BRAIN) {
         const float low = float_of(levels & 0xFFFF, false), high = float_of(levels >> 16, false);
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(levels) : "f"(high), "f"(low));
     }
-    return fused(levels, s.near, SCALES ? 0x80008000 : fused(levels, s.lost, 0x80008000));
+    return levels;
+}
+
+// Their weights.
+__device__ __forceinline__ u32 weights_of(u32 word, int field, const Scale& s, const Magic& magic) {
+    u32 levels = levels_of(word, field, s, magic);
+    if (BRAIN) return fused(levels, s.near, SCALES ? 0x80008000 : fused(levels, s.lost, 0x80008000));
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(levels) : "r"(levels), "r"(s.near));
+    return levels;
 }
 
 // Two sums, rounded to the activations' type.

@@ -1,19 +1,16 @@
-// What the Hopper kernels share: rings of chunks that TMA fills, and the product with a chunk.
+// What the Hopper kernels share: rings of chunks that TMA fills.
 //
 // Compiled with -D: BITS 4 or 8, GROUP inputs to a scale (16 to a chunk), ROWS 8 to 256 of a block, TILES 1 or 2 of 64
 // outputs for a warpgroup, ABREAST 1 to 3 warpgroups side by side, STAGES of a ring, BLOCKS to a multiprocessor, FEWEST rows
-// for which a warp's matrix instruction is the faster one, BRAIN 1 for activations of bfloat16, SCALES 1 for scales of
-// bfloat16, ZEROS 1 where there are zero points.
+// for which a warp's matrix instruction is the faster one, SENT rows up to which blocks send each other their sums, BRAIN 1 for
+// activations of bfloat16, SCALES 1 for scales of bfloat16, ZEROS 1 where there are zero points.
 
 #include "bits.cuh"
-#include "mma.cuh"
-#include "wgmma.cuh"
 #include "start.cuh"
 #include "block.cuh"
 
 constexpr int BOXES = CHUNK / 64;                 // 128 bytes of a row of x: what the swizzle spans
 constexpr bool LARGE = ROWS * TILES >= (ABREAST == 3 ? 128 : 192);  // sums take so many registers that the warps that copy give of theirs
-constexpr bool FEW = ROWS <= FEWEST;
 constexpr int THREADS = 32 * CONSUMERS + (LARGE ? 128 : 32);
 static_assert(STAGES % PARTS == 0, "a stage always belongs to the same warpgroup");
 
@@ -100,70 +97,6 @@ struct Ring {
         if (threadIdx.x % 32 == 0) arrive(empty_of(i));
     }
 };
-
-// Adds the product with the i-th chunk of the ring, when it has come, and releases what has been read: with a warp's
-// instruction this chunk, with a warpgroup's, which is still reading it, chunk `before` unless that is negative.
-template <int N = ROWS>
-__device__ __forceinline__ void add_chunk(Sums& sums, const Ring& ring, int i, int before, const Place& place, const Magic& magic) {
-    const u32 inputs = ring.inputs_of(i), weights = ring.weights_of(i);
-    ring.wait_full(i);
-    const unsigned long long rows = descriptor_of(inputs);
-#pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-        const int out = place.row + 64 * t;
-        u32 upper[4], lower[4];
-        load(upper, weights + out * 64 + place.lane * 16);
-        load(lower, weights + (out + 8) * 64 + place.lane * 16);
-        const u32 grids = weights + WORD_BYTES + out * GRID * 2;
-        Scale s, r;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            u32 a[FIELDS][4];
-#pragma unroll
-            for (int field = 0; field < FIELDS; ++field) {
-                const int input = (half * FIELDS + field) * 16;
-                if (input % GROUP == 0) {
-                    s = scale_of(grids + input / GROUP * 2 * (1 + ZEROS));
-                    r = scale_of(grids + 8 * GRID * 2 + input / GROUP * 2 * (1 + ZEROS));
-                }
-                a[field][0] = weights_of(upper[half * 2], field, s, magic);
-                a[field][1] = weights_of(lower[half * 2], field, r, magic);
-                a[field][2] = weights_of(upper[half * 2 + 1], field, s, magic);
-                a[field][3] = weights_of(lower[half * 2 + 1], field, r, magic);
-            }
-            if constexpr (N <= FEWEST) {
-#pragma unroll
-                for (int field = 0; field < FIELDS; field += 2) {
-                    const int input = (half * FIELDS + field) * 16;
-#pragma unroll
-                    for (int j = 0; j < ROWS / 8; ++j) {
-                        u32 b[4];
-                        load_tiles(b, inputs + input / 64 * ROWS * 128 + j * 1024 + (place.swizzled ^ input % 64 * 2));
-                        mma(&sums[t][j * 4], a[field], b);
-                        mma(&sums[t][j * 4], a[field + 1], b + 2);
-                    }
-                }
-            } else {
-#pragma unroll
-                for (int field = 0; field < FIELDS; ++field) settle(a[field]);
-                wgmma_fence();
-#pragma unroll
-                for (int field = 0; field < FIELDS; ++field) {
-                    const int input = (half * FIELDS + field) * 16;
-                    wgmma<N>(sums[t], a[field], rows + (input / 64 * ROWS * 128 + input % 64 * 2) / 16);
-                }
-                wgmma_commit();
-                if (t == 1 && half == 1) wgmma_wait<0>();  // else the compiler serializes all
-                else wgmma_wait<1>();
-                if (t == 0 && half == 0 && before >= 0) ring.release(before);
-            }
-        }
-    }
-    if constexpr (FEW) {
-        __syncwarp();
-        ring.release(i);
-    }
-}
 
 // A block of LARGE starts with as many registers for each warpgroup, of which all but the one that copies want more.
 __device__ __forceinline__ void give_registers() {

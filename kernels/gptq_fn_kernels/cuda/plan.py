@@ -3,8 +3,8 @@
 On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the
 one whose blocks share all chunks evenly (stream.cu) as long as a block's chunks and what it reads of others' sums. The microseconds
 were fitted to 1000 products on an H100 (kernels/NOTES.md), of which what is chosen by them takes 1 % more than the best; those of
-blocks of 96 and 160 rows, of three warpgroups abreast, and of tiles that are written at once to 80 later ones. On other GPUs one
-kernel multiplies (multistage.cu), with the fewest rows to a block that hold all.
+blocks of up to 64 rows to 860 later ones (1 %), of 96 and 160 rows, of three warpgroups abreast, and of tiles that are written at
+once to 80. On other GPUs one kernel multiplies (multistage.cu), with the fewest rows to a block that hold all.
 """
 
 import re
@@ -27,6 +27,15 @@ _MOST_STAGES = 16
 
 _MOST_ROWS = 2048
 """For more the weight is dequantized once and cuBLAS multiplies."""
+
+FEWEST = 16
+"""Rows up to which a warp's matrix instruction is faster than a warpgroup's, which takes as long for 8 rows as for 64."""
+
+SENT = 64
+"""Rows up to which blocks of a cluster send each other their sums; more they fetch."""
+
+PARTS = (1, 2, 3, 4, 5, 6)
+"""Blocks of a cluster."""
 
 _MANY = 128
 """Rows of which a block may have fewer than there are."""
@@ -64,13 +73,17 @@ class Block:
 
     def stages(self, bits: int, grid: int) -> int:
         """Chunks under way at a time, as many for each of the warpgroups that take turns; `grid` 16-bit floats for an output of each."""
-        room = (self.room // self.blocks - 3072) // self._stage(bits, grid)
+        room = (self.room // self.blocks - 3072 - self.apart) // self._stage(bits, grid)
         return min(room, _MOST_STAGES) // self.turns * self.turns
 
+    @property
+    def apart(self) -> int:
+        """Bytes of shared memory beside the ring."""
+        return 0
+
     def shared(self, bits: int, grid: int) -> int:
-        """Bytes of dynamic shared memory: the ring, in whose place the sums come afterwards."""
-        sums = self.turns * self.rows * (self.outputs + 4) * 4
-        return max(self.stages(bits, grid) * self._stage(bits, grid), sums) + 1024
+        """Bytes of dynamic shared memory."""
+        return self.stages(bits, grid) * self._stage(bits, grid) + self.apart + 1024
 
     def _stage(self, bits: int, grid: int) -> int:
         return self.rows * chunk_of(bits) * 2 + self.outputs * (64 + 2 * grid)
@@ -89,16 +102,35 @@ class Tile(Block):
         large = self.rows * self.tiles >= (128 if self.abreast == 3 else 192)
         return 128 * self.turns * self.abreast + (128 if large else 32)
 
+    @property
+    def apart(self) -> int:
+        """As of `Block`: up to `FEWEST` rows there is room for others' sums beside the ring."""
+        return self._sums + 1024 if self.rows <= FEWEST else 0
+
+    def shared(self, bits: int, grid: int) -> int:
+        """As of `Block`: with more rows the sums come in the ring's place."""
+        return max(super().shared(bits, grid), self._sums + 1024)
+
+    @property
+    def _sums(self) -> int:
+        """Bytes of sums, of which the blocks of a cluster send each other eight rows of an output at a time, or fetch rows of a pitch."""
+        if self.rows > SENT:
+            return self.turns * self.rows * (self.outputs + 4) * 4
+        shares = self.tiles * self.rows // 8
+        return max(parts * -(-shares // parts) for parts in PARTS) * self.turns * 2048 * self.abreast
+
 
 TILES = (
-    Tile(8, 1, 1, 3, 0.83),
-    Tile(8, 1, 2, 2, 0.48),
-    Tile(16, 1, 1, 3, 0.87),
-    Tile(16, 1, 2, 2, 0.62),
-    Tile(32, 1, 1, 2, 0.79),
-    Tile(32, 1, 2, 2, 0.80),
-    Tile(64, 1, 1, 1, 0.64),
-    Tile(64, 1, 2, 2, 0.96),
+    Tile(8, 1, 1, 3, 0.89),
+    Tile(8, 1, 2, 2, 0.52),
+    Tile(8, 1, 2, 3, 0.58),
+    Tile(16, 1, 1, 2, 0.58),
+    Tile(16, 1, 1, 3, 0.78),
+    Tile(16, 1, 2, 2, 0.52),
+    Tile(32, 1, 1, 2, 0.84),
+    Tile(32, 1, 2, 2, 0.70),
+    Tile(64, 1, 1, 1, 0.52),
+    Tile(64, 1, 2, 2, 0.64),
     Tile(96, 1, 1, 1, 0.80),
     Tile(96, 1, 2, 1, 0.66),
     Tile(128, 1, 1, 1, 0.92),
@@ -129,9 +161,15 @@ class Split:
         steps = ceil(ceil(chunks / self.parts) / self.tile.turns)
         waves = ceil(blocks / places)
         slower = 1.09 if waves > 2 else 1.0  # a GPU that is busy for long takes its clock back
-        # What adding up the parts takes; whoever has all of them writes at once.
-        ends = 0.0 if self.parts * self.tile.turns == 1 else 2.15 + 0.22 * self.parts
-        return 0.7 + slower * waves * (ends + steps * self.tile.chunk)
+        return 0.7 + slower * waves * (self._ends + steps * self.tile.chunk)
+
+    @property
+    def _ends(self) -> float:
+        """What adding up the parts takes."""
+        if self.tile.rows <= SENT:
+            return 0.32 * self.parts
+        # Whoever has all parts writes at once.
+        return 0.0 if self.parts * self.tile.turns == 1 else 2.15 + 0.22 * self.parts
 
 
 @dataclass(frozen=True)
@@ -163,7 +201,7 @@ class Multistage:
 Plan = Split | Stream | Multistage
 
 PLANS: tuple[Split | Stream, ...] = (
-    *(Split(tile, parts) for tile in TILES for parts in (1, 2, 3, 4, 5, 6)),
+    *(Split(tile, parts) for tile in TILES for parts in PARTS),
     *(Stream(tile) for tile in TILES if tile.rows >= _MANY and tile.turns == 1),
 )
 

@@ -1,6 +1,7 @@
 // y = x W^T on Hopper for many rows: as many blocks as multiprocessors share all chunks, as stream.cuh tells.
 
 #include "hopper.cuh"
+#include "by_warpgroup.cuh"
 #include "stream.cuh"
 #include "out.cuh"
 
@@ -55,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const int tile = (stop - 1) / chunks, start = max(begin, tile * chunks);
             clear(sums);
             for (int unit = start; unit < stop; ++unit, ++i) add_chunk(sums, ring, i, unit == start ? -1 : i - 1, place, magic);
-            wgmma_wait<0>();
+            finish();
             ring.release(i - 1);
             if (stop < (tile + 1) * chunks) {
                 leave(sums, left, block);

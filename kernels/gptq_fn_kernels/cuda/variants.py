@@ -3,14 +3,11 @@
 import torch
 
 from gptq_fn_kernels.cuda.compile import Variant
-from gptq_fn_kernels.cuda.plan import Plan, plans_of
+from gptq_fn_kernels.cuda.plan import FEWEST, SENT, Plan, plans_of
 from gptq_fn_kernels.triton.layout import chunk_of
 
 BITS = (4, 8)
 DTYPES = (torch.float16, torch.bfloat16)
-
-_FEWEST = 16
-"""Rows up to which a warp's matrix instruction is faster than a warpgroup's, which takes as long for 8 rows as for 64."""
 
 Kind = tuple[tuple[str, str | int], ...]
 """The defines that say what a weight is like."""
@@ -29,7 +26,7 @@ def product(kind: Kind, plan: Plan) -> Variant:
     grid = chunk_of(bits) // int(sizes["GROUP"]) * (1 + int(sizes["ZEROS"]))
     shape = (("ROWS", tile.rows), ("TILES", tile.tiles), ("ABREAST", tile.abreast), ("BLOCKS", tile.blocks))
     name = type(plan).__name__.lower()
-    return Variant(f"{name}.cu", name, (*kind, *shape, ("STAGES", tile.stages(bits, grid)), ("FEWEST", _FEWEST)))
+    return Variant(f"{name}.cu", name, (*kind, *shape, ("STAGES", tile.stages(bits, grid)), ("FEWEST", FEWEST), ("SENT", SENT)))
 
 
 def dense(kind: Kind) -> Variant:
