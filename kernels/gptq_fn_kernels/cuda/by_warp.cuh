@@ -5,8 +5,7 @@
 
 // Adds the product with the i-th chunk of the ring, when it has come, and releases it.
 __device__ __forceinline__ void add_chunk(Sums& sums, const Ring& ring, int i, int, const Place& place, const Magic& magic) {
-    u32 inputs = ring.inputs_of(i), weights = ring.weights_of(i);
-    asm volatile("" : "+r"(inputs), "+r"(weights));  // else the compiler keeps more addresses than there are registers
+    const u32 inputs = ring.inputs_of(i), weights = ring.weights_of(i);
     ring.wait_full(i);
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
@@ -36,7 +35,6 @@ __device__ __forceinline__ void add_chunk(Sums& sums, const Ring& ring, int i, i
             if ((input + 16) % GROUP == 0)
 #pragma unroll
                 for (int j = 0; j < ROWS / 2; ++j) sums[t][j] += group[j] * (j % 4 < 2 ? s : r).full;
-            if (ROWS > 8 && (input + 16) % GROUP == 0) __syncwarp();  // else the compiler loads more at once than there are registers
         }
     }
     __syncwarp();

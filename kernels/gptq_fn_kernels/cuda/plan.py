@@ -3,7 +3,7 @@
 On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the
 one whose blocks share all chunks evenly (stream.cu) as long as a block's chunks and what it reads of others' sums. The microseconds
 were fitted to 1000 products on an H100 (kernels/NOTES.md), of which what is chosen by them takes 1 % more than the best; those of
-blocks of up to 64 rows to 860 later ones (1 %), of 96 and 160 rows, of three warpgroups abreast, and of tiles that are written at
+blocks of up to 64 rows to 800 later ones (1 %), of 96 and 160 rows, of three warpgroups abreast, and of tiles that are written at
 once to 80. On other GPUs one kernel multiplies (multistage.cu), with the fewest rows to a block that hold all.
 """
 
@@ -36,6 +36,9 @@ SENT = 64
 
 PARTS = (1, 2, 3, 4, 5, 6)
 """Blocks of a cluster."""
+
+_CHUNK_READ = 66 / 3.1e6
+"""Microseconds in which a chunk of an output comes from memory."""
 
 _MANY = 128
 """Rows of which a block may have fewer than there are."""
@@ -121,16 +124,14 @@ class Tile(Block):
 
 
 TILES = (
-    Tile(8, 1, 1, 3, 0.89),
-    Tile(8, 1, 2, 2, 0.52),
-    Tile(8, 1, 2, 3, 0.58),
-    Tile(16, 1, 1, 2, 0.58),
-    Tile(16, 1, 1, 3, 0.78),
-    Tile(16, 1, 2, 2, 0.52),
-    Tile(32, 1, 1, 2, 0.84),
-    Tile(32, 1, 2, 2, 0.70),
-    Tile(64, 1, 1, 1, 0.52),
-    Tile(64, 1, 2, 2, 0.64),
+    Tile(8, 1, 1, 3, 0.85),
+    Tile(8, 1, 2, 2, 0.51),
+    Tile(16, 1, 1, 2, 0.59),
+    Tile(16, 1, 2, 2, 0.48),
+    Tile(32, 1, 1, 2, 0.80),
+    Tile(32, 1, 2, 2, 0.69),
+    Tile(64, 1, 1, 1, 0.56),
+    Tile(64, 1, 2, 2, 0.70),
     Tile(96, 1, 1, 1, 0.80),
     Tile(96, 1, 2, 1, 0.66),
     Tile(128, 1, 1, 1, 0.92),
@@ -156,18 +157,26 @@ class Split:
     def microseconds(self, m: int, n: int, chunks: int, processors: int) -> float:
         """About how long it takes to multiply m rows of so many chunks of inputs with n outputs."""
         blocks = ceil(m / self.tile.rows) * ceil(n / self.tile.outputs) * self.parts
-        # Clusters of three and more leave some multiprocessors of a GPU's parts without work.
-        places = processors * self.tile.blocks * (1.0 if self.parts <= 2 else 0.85)
+        waves = ceil(blocks / (processors * self.tile.blocks * self._placed))
         steps = ceil(ceil(chunks / self.parts) / self.tile.turns)
-        waves = ceil(blocks / places)
         slower = 1.09 if waves > 2 else 1.0  # a GPU that is busy for long takes its clock back
-        return 0.7 + slower * waves * (self._ends + steps * self.tile.chunk)
+        work = max(slower * waves * steps * self.tile.chunk, n * chunks * _CHUNK_READ)
+        return 0.7 + slower * waves * self._ends + work
+
+    @property
+    def _placed(self) -> float:
+        """Of the places for blocks, the share that clusters take: those of three and more leave some of a GPU's parts without work."""
+        if self.parts <= 2:
+            return 1.0
+        if self.tile.rows > SENT:
+            return 0.85
+        return 0.9 if self.parts <= 4 else 0.8
 
     @property
     def _ends(self) -> float:
         """What adding up the parts takes."""
         if self.tile.rows <= SENT:
-            return 0.32 * self.parts
+            return 0.27 + 0.32 * self.parts
         # Whoever has all parts writes at once.
         return 0.0 if self.parts * self.tile.turns == 1 else 2.15 + 0.22 * self.parts
 
