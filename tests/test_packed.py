@@ -1,5 +1,8 @@
 """Packed parameters compute what the quantized ones do, on CPUs and GPUs, and take the memory of their bits."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +10,21 @@ import pytest
 from gptq_fn_interop.params import write_params
 from gptq_fn_interop.stream import load_gptq, save_gptq
 from gptq_fn_kernels.jax import Fragments, Rows, fragments, rows
+from gptq_fn_kernels.jax.around import Around
 from gptq_fn_kernels.slots import slots_of
+from gptq_fn_kernels.triton.plan import Gpu, constants_of, plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import interpreter
 from test_families import built as built  # the fixture
 from test_flax import rounded
 
 from gptq_fn import QuantConfig, QuantizedLinear, dequantize, forward, generate, interop, kernels
+from gptq_fn.model.block import block
 from gptq_fn.model.linear import Joined, linear
 from gptq_fn.model.linear import linears as linears_of
+from gptq_fn.model.norm import norm
+from gptq_fn.spec import NormSpec
 
 FORMS = {"rows": rows.pack, "fragments": fragments.pack}
 
@@ -74,6 +83,124 @@ def test_packed_linears_multiply_as_their_weights_do(form, q, m, dtype, seed):
     assert (np.abs(np.asarray(y, np.float64) - expected) <= allowed * size).all()
 
 
+# what is done on the way
+
+EPS, GATE = 1e-3, (1.5, 0.07)
+Way = tuple[bool, bool, bool, float]
+"""Whether x is normalized before, something is added and the outputs are gated, and the offset of the norm's weights."""
+ways: st.SearchStrategy[Way] = st.tuples(st.booleans(), st.booleans(), st.booleans(), st.sampled_from([0.0, 1.0]))
+dtypes = st.sampled_from([jnp.float32, jnp.float16, jnp.bfloat16])
+
+
+def check_way(form: str, q: QuantizedLinear, m: int, dtype: Any, way: Way, seed: int, multiply: Any) -> None:
+    """That a product with more on the way is right to some roundings of what was added up; activations in half precision may be large."""
+    rng, (out, k), (norm, plus, gate, offset) = np.random.default_rng(seed), q.shape, way
+    gate = gate and out % 2 == 0
+    p, wide = packed(q, form), out // 2 if gate else out
+    x = jnp.asarray(rng.standard_normal((m, k)) * (1000 if norm else 1), dtype)
+    weight = jnp.asarray(rng.uniform(0.5, 30, k), dtype) if norm else None
+    more = jnp.asarray(rng.standard_normal((m, wide)), dtype) if plus and not gate else None
+    y = multiply(p, x, None if weight is None else (weight, EPS, offset), more, GATE if gate else None)
+    assert y.dtype == dtype
+    exact_x = np.asarray(x, np.float64)
+    if weight is not None:
+        exact_x *= (np.asarray(weight, np.float64) + offset) / np.sqrt((exact_x**2).mean(-1, keepdims=True) + EPS)
+    expected, size = exact(q, exact_x)
+    if gate:
+        (z, other), (near, far), (a, b) = np.split(expected, 2, -1), np.split(size, 2, -1), GATE
+        open_ = 1 / (1 + np.exp(-np.clip(z * (a + b * z * z), -700, 700)))
+        expected, size = z * open_ * other, 2 * (near + 1) * (np.abs(other) + 1) + far * np.abs(z * open_)
+    expected = expected + (0 if more is None else np.asarray(more, np.float64))
+    eps = float(jnp.finfo(dtype).eps)
+    finite = np.abs(expected) < float(jnp.finfo(dtype).max) / 2
+    assert (np.abs(np.asarray(y, np.float64) - expected) <= 3 * eps * (size + 1))[finite].all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(linears(), st.sampled_from([1, 3]), dtypes, ways, st.integers(0, 2**32 - 1))
+def test_products_do_on_the_way_what_is_asked(form, q, m, dtype, way, seed):
+    check_way(form, q, m, dtype, way, seed, lambda p, x, norm, plus, gate: p.multiply(x, norm=norm, plus=plus, gate=gate))
+
+
+def interpreted(
+    kernel: str, inputs: dict[str, Any], outs: list[Any], grid: tuple[int, ...], constants: dict[str, Any], *, warps: int
+) -> list[jax.Array]:
+    """What `launch` does, by Triton's interpreter."""
+    import torch
+    from gptq_fn_kernels.triton import kernels as triton_kernels
+
+    assert kernel == "kernels.few_rows"
+
+    y = torch.tensor(np.full(outs[0].shape, np.nan, outs[0].dtype))
+    tensors = {name: None if a is None else torch.tensor(np.asarray(a)) for name, a in inputs.items()}
+    triton_kernels.few_rows[grid](**tensors, y=y, **constants)
+    return [jnp.asarray(y.numpy())]
+
+
+@interpreter
+@settings(max_examples=20)
+@given(linears(), st.sampled_from([1, 3]), st.sampled_from([jnp.float32, jnp.float16]), ways, st.integers(0, 2**32 - 1))
+def test_products_do_on_the_way_what_is_asked_in_the_interpreter(q, m, dtype, way, seed):
+    def multiply(p: Fragments, x: jax.Array, norm: Any, plus: Any, gate: Any) -> jax.Array:
+        weight, eps, offset = norm or (None, 0.0, 0.0)
+        return fragments._by_kernel(Around(eps, offset, gate), p, x, weight, plus)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fragments, "gpu", lambda: Gpu(132, 2**17, tensor_float=True, overlap=False))
+        patch.setattr(fragments, "launch", interpreted)
+        check_way("fragments", q, m, dtype, way, seed, multiply)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_chunks_are_under_way_before_the_norm_is_known(capability):
+    import triton
+    from gptq_fn_kernels.jax.launch import source_of
+    from triton.backends.compiler import GPUTarget
+
+    plan = plan_of(1, 4096, 4096, bits=4, itemsize=2, gpu=Gpu(132, 2**17, tensor_float=True, overlap=False))
+    assert plan is not None
+    blocks = {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "PRECISION": "ieee", "OVERLAP": False}
+    sizes = {"m": 1, "n": 4096, "k": 4096, "chunks": 32, "stride": 4096, "ONE": True, "WIDTH": 4096, **constants_of(4, 32, False)}
+    way = {"EPS": 1e-5, "OFFSET": 0.0, "GATE": 1.0, "BEND": 0.0}
+    absent = dict.fromkeys(["gather", "high", "zeros", "plus"])
+    inputs = [("x", "*fp16"), ("words", "*i32"), ("scales", "*fp16"), ("norm", "*fp16"), ("bias", "*fp16")]
+    source = source_of("kernels.few_rows", inputs, ["*fp16"], list((blocks | sizes | way | absent).items()))
+    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": plan.warps}).asm["ptx"]
+    assert ptx.index("cp.async") < ptx.index("rsqrt")
+    assert ".local " not in ptx
+
+
+@pytest.mark.parametrize(("case", "norms"), [("llama", 2), ("gemma2", 2), ("phi", 0), ("olmo2", 0)])
+def test_blocks_leave_to_products_what_they_can_do_on_the_way(case, norms, built, monkeypatch):
+    """RMS norms before them, residuals where no norm stands between, and gates."""
+    params, spec, *_ = rounded(case, built, QuantConfig(group_size=16))
+    plain, asked = Rows.multiply, []
+    monkeypatch.setattr(Rows, "multiply", lambda p, x, **way: asked.append(way) or plain(p, x, **way))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(2, 97, (1, 5)), jnp.int32)
+    x = jnp.zeros((1, 5, params["blocks"][0]["o"].shape[0]), jnp.float32)
+    small = kernels.pack_roles(params["blocks"][0])
+    block(spec.blocks[0], small, x)
+    counts = {what: sum(way.get(what) is not None for way in asked) for what in ("norm", "plus", "gate")}
+    assert counts == {"norm": norms, "plus": 2 if case in ("llama", "phi") else 0, "gate": 0 if case == "phi" else 1}
+    np.testing.assert_allclose(forward(spec, kernels.pack(params), tokens), forward(spec, params, tokens), atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", range(4))
+@settings(max_examples=8, deadline=None)
+@given(linears(), st.sampled_from([1, 3, 9, 20]), dtypes, ways, st.integers(0, 2**32 - 1))
+def test_products_do_on_the_way_what_is_asked_on_a_gpu(part, q, m, dtype, way, seed):
+    @partial(jax.jit, static_argnums=(2, 5))
+    def compiled(p: Fragments, x: jax.Array, about: tuple[float, float], weight: Any, plus: Any, gate: Any) -> jax.Array:
+        return p.multiply(x, norm=None if weight is None else (weight, *about), plus=plus, gate=gate)
+
+    def multiply(p: Fragments, x: jax.Array, norm: Any, plus: Any, gate: Any) -> jax.Array:
+        weight, *about = norm or (None, 0.0, 0.0)
+        return compiled(p, x, tuple(about), weight, plus, gate)
+
+    check_way("fragments", q, m, dtype, way, seed, multiply)
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=300), st.sampled_from([32, 64, 128]), st.sampled_from([8, 16]))
 def test_every_input_has_one_slot_among_those_of_its_group(group_of, chunk, smallest):
     slots = slots_of(np.asarray(group_of), chunk=chunk, smallest=smallest, largest=chunk)
@@ -99,6 +226,16 @@ def test_gradients_are_those_of_the_dequantized_weight(form):
     slope = jnp.asarray(rng.standard_normal((5, 24)), jnp.float32)
     found = jax.grad(lambda x: (linear(p, x) * slope).sum())(x)
     np.testing.assert_allclose(found, slope @ dequantize(q), rtol=1e-4, atol=1e-3)
+
+    def ours(x: jax.Array, weight: jax.Array, plus: jax.Array) -> jax.Array:
+        return (p.multiply(x, norm=(weight, EPS, 1.0), plus=plus) * slope).sum()
+
+    def theirs(x: jax.Array, weight: jax.Array, plus: jax.Array) -> jax.Array:
+        return ((plus + norm(NormSpec("rms", EPS, 1.0), {"weight": weight}, x) @ dequantize(q).T) * slope).sum()
+
+    given = x, jnp.asarray(rng.standard_normal(96), jnp.float32), jnp.zeros((5, 24), jnp.float32)
+    for found, expected in zip(jax.grad(ours, (0, 1, 2))(*given), jax.grad(theirs, (0, 1, 2))(*given), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_packing_joins_what_reads_one_input_if_the_grids_agree():

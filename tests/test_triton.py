@@ -191,7 +191,8 @@ def test_kernels_compile_for_gpus_that_are_not_here(name: str, dtype: str, bits:
 
     pointers = dict.fromkeys(("x", "y", "weight"), f"*{dtype}") | {"words": "*i32", "high": "*i16", "scales": "*fp16", "gather": "*i32"}
     blocks = {"BM": 8 if name == "few_rows" else 64, "BN": 16 if name == "few_rows" else 64, "SPLIT": 4, "STAGES": 2, "PRECISION": "ieee"}
-    given = {"zeros": None, "OVERLAP": capability >= 90, "BLOCK": 256, **blocks, **constants_of(bits, 32, dtype == "bf16")}
+    around = {"norm": None, "bias": None, "plus": None, "ONE": True, "WIDTH": 1, "EPS": 0.0, "OFFSET": 0.0, "GATE": 0.0, "BEND": 0.0}
+    given = {"zeros": None, "OVERLAP": capability >= 90, "BLOCK": 256, **around, **blocks, **constants_of(bits, 32, dtype == "bf16")}
     if bits != 3:
         given["high"] = None
     given = {argument: value for argument, value in given.items() if argument in getattr(kernels, name).arg_names}

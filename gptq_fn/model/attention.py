@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptq_fn.model.linear import linear, linears
+from gptq_fn.model.linear import Input, linear, linears
 from gptq_fn.model.mix import mix
 from gptq_fn.model.norm import norm
 from gptq_fn.model.position import alibi, rotate
@@ -64,7 +64,7 @@ Attend = Callable[[Asked, Callable[[Asked], Attended]], Attended]
 asked and the function that it stands for."""
 
 
-def attention(spec: AttentionSpec, p: Mapping[str, Any], x: Float[Array, "batch time width"], cache: Cache | None = None) -> Attended:
+def attention(spec: AttentionSpec, p: Mapping[str, Any], x: Input, cache: Cache | None = None) -> Attended:
     """What enters the output projection, and the cache with the current tokens appended."""
     q, k, v = _project(spec, p, x)
     rope = spec.position if isinstance(spec.position, RopeSpec) else None
@@ -95,8 +95,8 @@ def _attended(asked: Asked) -> Attended:
     return mix(q, after.k, after.v, positions, causal=asked.cache is None, **options), after
 
 
-def positions_of(x: Float[Array, "batch time ..."], cache: Cache | None) -> Int[Array, "#batch time"]:
-    """The positions of the current tokens."""
+def positions_of(x: Input, cache: Cache | None) -> Int[Array, "#batch time"]:
+    """The positions of the current tokens; x [batch, time, ...]."""
     start = jnp.zeros((1, 1), jnp.int32) if cache is None else cache.used[:, None]
     return start + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
 
@@ -112,7 +112,7 @@ def append(cache: Cache | None, k: Float[Array, "batch time kv_heads dim"], v: F
     return Cache(k, v, cache.used + time)
 
 
-def _project(spec: AttentionSpec, p: Mapping[str, Any], x: Array) -> tuple[Array, Array, Array]:
+def _project(spec: AttentionSpec, p: Mapping[str, Any], x: Input) -> tuple[Array, Array, Array]:
     """Queries [batch, time, heads, dim], keys and values [batch, time, kv_heads, dim]."""
     heads, kv_heads, dim, lead = spec.heads, spec.kv_heads, spec.head_dim, x.shape[:-1]
     if spec.qkv == "separate":

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from gptq_fn.model.attention import Cache, attention
 from gptq_fn.model.ffn import expand
 from gptq_fn.model.latent import attend, compress
-from gptq_fn.model.linear import linear
+from gptq_fn.model.linear import Input, linear, normed, value_of
 from gptq_fn.model.moe import Route, mix_experts, route, shared_params
 from gptq_fn.model.norm import norm
 from gptq_fn.spec import AttentionSpec, BlockSpec, LatentAttentionSpec, MlpSpec, MoeSpec, Stop, Tap
@@ -26,13 +26,13 @@ class State(NamedTuple):
     """A block under way: the residual stream, what enters the next linears, and what else the next steps need."""
 
     x: Float[Array, "batch time width"]
-    taps: dict[str, Array]
+    taps: Mapping[str, Input]
     held: dict[str, Any]
 
 
 def enter(spec: BlockSpec, p: BlockParams, x: Float[Array, "batch time width"]) -> State:
     """The state at the stop "attn_in"."""
-    return State(x, {"attn_in": norm(spec.norm, p.get("attn_in"), x)}, {})
+    return State(x, {"attn_in": normed(spec.norm, p, "attn_in", x)}, {})
 
 
 def advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop, cache: Cache | None = None) -> tuple[State, Cache | None]:
@@ -50,11 +50,11 @@ def advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop, cache: Ca
             mixed, cache = attend(spec.attn, p, taps, held, cache)
             return State(x, {"o_in": mixed}, {}), cache
         case "o_in":
-            x, h = _attended(spec, p, x, norm(spec.norm, p.get("attn_out"), linear(p["o"], taps["o_in"])))
+            x, h = _attended(spec, p, x, taps["o_in"])
             return State(x, {"router_in" if isinstance(spec.ffn, MoeSpec) else "mlp_in": h}, {}), cache
         case "router_in":
             assert isinstance(spec.ffn, MoeSpec)
-            h = taps["router_in"]
+            h = value_of(taps["router_in"])
             gate = {"gate": jax.nn.sigmoid(linear(p["shared_gate"], h))} if spec.ffn.shared_gate else {}
             return State(x, {"mlp_in": h}, {"route": route(spec.ffn, p, h), **gate}), cache
         case "mlp_in" if isinstance(spec.ffn, MoeSpec):
@@ -65,8 +65,11 @@ def advance(spec: BlockSpec, p: BlockParams, state: State, stop: Stop, cache: Ca
             assert isinstance(spec.ffn, MlpSpec)
             return State(x, {"down_in": expand(spec.ffn, p, taps["mlp_in"])}, {}), cache
         case "down_in":
-            out = norm(spec.norm, p.get("mlp_out"), _contracted(spec, p, taps, held))
-            return State(norm(spec.norm, p.get("mlp_res"), x + _scaled(spec, out)), {}, {}), cache
+            if isinstance(spec.ffn, MoeSpec):
+                x = x + _scaled(spec, norm(spec.norm, p.get("mlp_out"), _mixed(spec, spec.ffn, p, taps, held)))
+            else:
+                x = _onto(spec, p, x, "down", taps["down_in"], "mlp_out")
+            return State(norm(spec.norm, p.get("mlp_res"), x), {}, {}), cache
 
 
 def block(
@@ -78,30 +81,35 @@ def block(
     """
     state, taps = enter(spec, p, x), {}
     for stop in spec.stops:
-        taps |= state.taps
+        taps |= {tap: value_of(read) for tap, read in state.taps.items()}
         state, cache = advance(spec, p, state, stop, cache)
     assert cache is not None  # attention makes one where there was none
     return state.x, taps, cache
 
 
-def _attended(spec: BlockSpec, p: BlockParams, x: Array, attended: Array) -> tuple[Array, Array]:
+def _attended(spec: BlockSpec, p: BlockParams, x: Array, mixed: Input) -> tuple[Array, Input]:
     """The residual stream with attention's output added, and what enters the feed-forward half."""
-    attended = _scaled(spec, attended)
+    after = _onto(spec, p, x, "o", mixed, "attn_out")
     if spec.parallel:
-        return x + attended, norm(spec.norm, p["mlp_in"] if "mlp_in" in p else p.get("attn_in"), x)
-    x = norm(spec.norm, p.get("attn_res"), x + attended)
-    return x, norm(spec.norm, p.get("mlp_in"), x)
+        return after, normed(spec.norm, p, "mlp_in" if "mlp_in" in p else "attn_in", x)
+    x = norm(spec.norm, p.get("attn_res"), after)
+    return x, normed(spec.norm, p, "mlp_in", x)
 
 
-def _contracted(spec: BlockSpec, p: BlockParams, taps: Mapping[str, Array], held: Mapping[str, Any]) -> Array:
-    """The output of the feed-forward half."""
-    if not isinstance(spec.ffn, MoeSpec):
-        return linear(p["down"], taps["down_in"])
-    out = mix_experts(spec.ffn, p, held["experts_in"], Route(*held["route"]))
-    if spec.ffn.shared is None:
+def _onto(spec: BlockSpec, p: BlockParams, x: Array, role: str, read: Input, out: str) -> Array:
+    """x with what a half's last linear makes added, by the linear itself where nothing stands between."""
+    if p.get(out) is None and spec.residual_scale == 1:
+        return linear(p[role], read, plus=x)
+    return x + _scaled(spec, norm(spec.norm, p.get(out), linear(p[role], read)))
+
+
+def _mixed(spec: BlockSpec, ffn: MoeSpec, p: BlockParams, taps: Mapping[str, Input], held: Mapping[str, Any]) -> Array:
+    """The output of experts."""
+    out = mix_experts(ffn, p, held["experts_in"], Route(*held["route"]))
+    if ffn.shared is None:
         return out
     shared = linear(p["shared.down"], taps["down_in"])
-    return out + (shared * held["gate"] if spec.ffn.shared_gate else shared)
+    return out + (shared * held["gate"] if ffn.shared_gate else shared)
 
 
 def _scaled(spec: BlockSpec, half: Array) -> Array:

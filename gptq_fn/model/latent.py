@@ -7,26 +7,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptq_fn.model.attention import Cache, append, positions_of
-from gptq_fn.model.linear import linear
+from gptq_fn.model.linear import Input, linear, normed
 from gptq_fn.model.mix import mix
-from gptq_fn.model.norm import norm
 from gptq_fn.model.position import rotate
 from gptq_fn.spec import LatentAttentionSpec
 
 
-def compress(
-    spec: LatentAttentionSpec, p: Mapping[str, Any], x: Float[Array, "batch time width"]
-) -> tuple[dict[str, Array], dict[str, Array]]:
+def compress(spec: LatentAttentionSpec, p: Mapping[str, Any], x: Input) -> tuple[dict[str, Input], dict[str, Array]]:
     """The latents, by the tap that they are, and what else is needed: the rotary key, and queries that have no latent."""
     latent, key = jnp.split(linear(p["kv_a"], x), [spec.kv_rank], -1)
-    taps, held = {"kv_latent": norm(spec.norm, p["kv_latent"], latent)}, {"rotary_key": key}
+    taps, held = {"kv_latent": normed(spec.norm, p, "kv_latent", latent)}, {"rotary_key": key}
     if spec.q_rank is None:
         return taps, {**held, "q": linear(p["q"], x)}
-    return {"q_latent": norm(spec.norm, p["q_latent"], linear(p["q_a"], x)), **taps}, held
+    return {"q_latent": normed(spec.norm, p, "q_latent", linear(p["q_a"], x)), **taps}, held
 
 
 def attend(
-    spec: LatentAttentionSpec, p: Mapping[str, Any], taps: Mapping[str, Array], held: Mapping[str, Array], cache: Cache | None = None
+    spec: LatentAttentionSpec, p: Mapping[str, Any], taps: Mapping[str, Input], held: Mapping[str, Array], cache: Cache | None = None
 ) -> tuple[Float[Array, "batch time heads_times_value_dim"], Cache]:
     """What enters the output projection, and the cache with the current tokens appended."""
     latent = taps["kv_latent"]

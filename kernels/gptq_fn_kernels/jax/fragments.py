@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptq_fn_kernels.jax.around import Around, after, before
 from gptq_fn_kernels.jax.launch import launch
 from gptq_fn_kernels.slots import slots_of
 from gptq_fn_kernels.triton.layout import (
@@ -50,9 +51,22 @@ class Fragments:
     k: int
     bias: jax.Array | None = None
 
-    def multiply(self, x: jax.Array) -> jax.Array:
-        """x [..., k] -> x W^T [..., out] in x's dtype, without the bias."""
-        return _product(self, x.reshape(-1, self.k)).reshape(*x.shape[:-1], -1)
+    def multiply(
+        self,
+        x: jax.Array,
+        *,
+        norm: tuple[jax.Array, float, float] | None = None,
+        plus: jax.Array | None = None,
+        gate: tuple[float, float] | None = None,
+    ) -> jax.Array:
+        """x [..., k] -> x W^T + b [..., out] in x's dtype.
+
+        norm: weights [k], epsilon and offset of an RMS norm that x is to go through before. plus [..., out] is added, or else
+        gate: a and b, by which the first half z of the outputs becomes z * sigmoid(a z + b z^3) times the other half.
+        """
+        weight, eps, offset = norm or (None, 0.0, 0.0)
+        rows = None if plus is None else plus.reshape(-1, plus.shape[-1])
+        return _product(Around(eps, offset, gate), self, x.reshape(-1, self.k), weight, rows).reshape(*x.shape[:-1], -1)
 
 
 def pack(
@@ -75,48 +89,58 @@ def _words(codes: jax.Array, zero: jax.Array, inputs: np.ndarray, groups: np.nda
     return words[..., order], None if high is None else high[..., order].astype(jnp.int16)
 
 
-@jax.custom_vjp
-def _product(p: Fragments, x: jax.Array) -> jax.Array:
-    """x [m, k] -> [m, out]."""
-    return jax.lax.platform_dependent(p, x, cuda=_by_kernel, default=_dense)
+def _multiplied(around: Around, p: Fragments, x: jax.Array, norm: jax.Array | None, plus: jax.Array | None) -> jax.Array:
+    """x [m, k] -> [m, out], or half as many where they are gated."""
+    return jax.lax.platform_dependent(p, x, norm, plus, cuda=partial(_by_kernel, around), default=partial(_dense, around))
 
 
-def _forward(p: Fragments, x: jax.Array) -> tuple[jax.Array, tuple[Fragments, jax.Array]]:
-    return _product(p, x), (p, x)
+_product = jax.custom_vjp(_multiplied, nondiff_argnums=(0,))
+_Given = tuple[Fragments, jax.Array, jax.Array | None, jax.Array | None]
 
 
-def _backward(held: tuple[Fragments, jax.Array], slope: jax.Array) -> tuple[Fragments, jax.Array]:
+def _forward(around: Around, *given: Any) -> tuple[jax.Array, _Given]:
+    return _product(around, *given), given
+
+
+def _backward(around: Around, given: _Given, slope: jax.Array) -> _Given:
     """The gradients of the dense product: a kernel has none."""
-    return jax.vjp(_dense, *held)[1](slope)
+    return jax.vjp(partial(_dense, around), *given)[1](slope)
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _by_kernel(p: Fragments, x: jax.Array) -> jax.Array:
+def _by_kernel(around: Around, p: Fragments, x: jax.Array, norm: jax.Array | None, plus: jax.Array | None) -> jax.Array:
     """x [m, k] -> [m, out], by the kernels that `gptq_fn_kernels.triton.plan` names for a GPU."""
     (m, k), (chunks, n, _) = x.shape, p.words.shape
     here, weight = gpu(), {"words": p.words, "high": p.high, "zeros": p.zeros, "scales": p.scales}
     if here is None:  # this branch is traced, too, where the program will run elsewhere
-        return _dense(p, x)
+        return _dense(around, p, x, norm, plus)
     constants = constants_of(p.bits, p.group, x.dtype == jnp.bfloat16)
     plan = plan_of(m, n, k, bits=p.bits, itemsize=x.dtype.itemsize, gpu=here)
+    few, precision = plan is not None and plan.kernel == "few_rows", "tf32x3" if x.dtype == jnp.float32 and here.tensor_float else "ieee"
+    if not (few and m == 1):
+        x, norm = before(x, norm, around), None
     if plan is None:
         whole = jax.ShapeDtypeStruct((n, chunks * chunk_of(p.bits)), x.dtype)
         numbers = {"n": n, "width": whole.shape[1], "BN": DENSE_OUTPUTS, **constants}
-        return _matmul(_slotted(p, x), launch("kernels.dequantized", weight, [whole], (chunks, -(-n // DENSE_OUTPUTS)), numbers)[0])
-    precision = "tf32x3" if x.dtype == jnp.float32 and here.tensor_float else "ieee"
+        dense = launch("kernels.dequantized", weight, [whole], (chunks, -(-n // DENSE_OUTPUTS)), numbers)[0]
+        return after(_matmul(_slotted(p, x), dense), p.bias, plus, around)
     blocks = {"BM": plan.rows, "BN": plan.outputs, "SPLIT": plan.split, "STAGES": plan.stages, "PRECISION": precision, "OVERLAP": False}
-    if plan.kernel == "few_rows":
-        numbers = {"m": m, "n": n, "k": k, "chunks": chunks, "stride": k}
-        inputs, y = {"x": x, "gather": p.gather, **weight}, jax.ShapeDtypeStruct((m, n), x.dtype)
-        return launch("kernels.few_rows", inputs, [y], (-(-n // plan.outputs),), numbers | constants | blocks, warps=plan.warps)[0]
+    if few:
+        (gate, bend), width = around.gate or (0.0, 0.0), n if around.gate is None else n // 2
+        numbers = {"m": m, "n": n, "k": k, "chunks": chunks, "stride": k, "ONE": m == 1, "WIDTH": 1 << (k - 1).bit_length()}
+        numbers |= {"EPS": around.eps, "OFFSET": around.offset, "GATE": gate, "BEND": bend}
+        inputs = {"x": x, "gather": p.gather, **weight, "norm": norm, "bias": p.bias, "plus": plus}
+        y, programs = jax.ShapeDtypeStruct((m, width), x.dtype), -(-n // plan.outputs)
+        return launch("kernels.few_rows", inputs, [y], (programs,), numbers | constants | blocks, warps=plan.warps)[0]
     held = x if p.gather is None else _slotted(p, x)
     numbers = {"m": m, "n": n, "k": held.shape[1], "chunks": chunks, "stride": held.shape[1]}
     parts = jax.ShapeDtypeStruct((plan.split, m, n), x.dtype if plan.split == 1 else jnp.float32)
     grid = -(-m // plan.rows), -(-n // plan.outputs), plan.split
     (y,) = launch("kernels.many_rows", {"x": held, **weight}, [parts], grid, numbers | constants | blocks, warps=plan.warps)
-    return y.sum(0).astype(x.dtype)  # XLA adds the parts in the program that uses them
+    # XLA adds the parts, and does the rest, in the program that uses them.
+    return after(y.sum(0).astype(x.dtype), p.bias, plus, around)
 
 
 @cache
@@ -136,9 +160,10 @@ def _slotted(p: Fragments, x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, width - p.k))) if p.gather is None else x.at[:, p.gather].get(mode="fill", fill_value=0)
 
 
-def _dense(p: Fragments, x: jax.Array) -> jax.Array:
+def _dense(around: Around, p: Fragments, x: jax.Array, norm: jax.Array | None, plus: jax.Array | None) -> jax.Array:
     """x [m, k] -> [m, out], by a weight in x's dtype."""
-    return _matmul(_slotted(p, x), dequantize(p).astype(x.dtype))
+    y = _matmul(_slotted(p, before(x, norm, around)), dequantize(p).astype(x.dtype))
+    return after(y, p.bias, plus, around)
 
 
 def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:

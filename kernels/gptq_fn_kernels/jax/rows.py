@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptq_fn_kernels.jax.around import Around, after, before
 from gptq_fn_kernels.slots import slots_of
 from gptq_fn_kernels.words import pack as pack_words
 
@@ -46,11 +47,20 @@ class Rows:
     k: int
     bias: jax.Array | None = None
 
-    def multiply(self, x: jax.Array) -> jax.Array:
-        """x [..., k] -> x W^T [..., out] in x's dtype, without the bias."""
-        rows = x.reshape(-1, self.k)
+    def multiply(
+        self,
+        x: jax.Array,
+        *,
+        norm: tuple[jax.Array, float, float] | None = None,
+        plus: jax.Array | None = None,
+        gate: tuple[float, float] | None = None,
+    ) -> jax.Array:
+        """As `Fragments.multiply`."""
+        weight, eps, offset = norm or (None, 0.0, 0.0)
+        around = Around(eps, offset, gate)
+        rows = before(x.reshape(-1, self.k), weight, around)
         y = jax.lax.platform_dependent(self, rows, cpu=_by_steps, default=_dense)
-        return y.reshape(*x.shape[:-1], -1)
+        return after(y, self.bias, None if plus is None else plus.reshape(-1, plus.shape[-1]), around).reshape(*x.shape[:-1], -1)
 
 
 def pack(

@@ -77,7 +77,8 @@ def _multiply(x: torch.Tensor, parts: Parts, bits: int, group: int, k: int) -> t
         constants["num_warps"] = plan.warps
         if plan.kernel == "few_rows":
             overlap = _overlap(plan.overlap and _gpu(x.device).overlap)
-            _kernels().few_rows[(-(-n // plan.outputs),)](x, gather, *weight, y, *sizes, **constants, **overlap)
+            around = (None, None, None)  # nothing is done on the way
+            _kernels().few_rows[(-(-n // plan.outputs),)](x, gather, *weight, *around, y, *sizes, **constants, **overlap, ONE=m == 1)
         else:
             _split(plan, x, weight, y, sizes, constants)
     return y

@@ -4,7 +4,7 @@
 weights in the registers of the matrix instruction's left operand, and accumulate in float32:
 y[m, o] = sum over i of x[m, i] * weight[o, i], weight rounded to x's dtype. A chunk has CHUNK / GROUP groups, 4 or more.
 """
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # (Triton compiles these functions; what their names are bound to there, pyright cannot know.)
 
 import triton
@@ -67,14 +67,31 @@ def grid_of(zeros, scales, group, out, live, n, ROWS: tl.constexpr, GROUPS: tl.c
     return zero, scale
 
 
+@triton.jit
+def rsqrt_of_mean_square(x, k, WIDTH: tl.constexpr, EPS: tl.constexpr):
+    """1 / sqrt(the mean of x^2 + EPS) of x [k], in float32; WIDTH is a power of two, k or more."""
+    TILE: tl.constexpr = WIDTH if WIDTH < 2048 else 2048
+    squares = tl.zeros((TILE,), tl.float32)
+    for start in tl.static_range(0, WIDTH, TILE):
+        at = start + tl.arange(0, TILE)
+        part = tl.load(x + at, mask=at < k, other=0.0).to(tl.float32)
+        squares += part * part
+    return tl.rsqrt(tl.sum(squares, 0) / k + EPS)
+
+
 @triton.jit(do_not_specialize=["m", "chunks", "magic"])
 def few_rows(
-    x, gather, words, high, zeros, scales, y, m, n, k, chunks, stride, magic,
+    x, gather, words, high, zeros, scales, norm, bias, plus, y, m, n, k, chunks, stride, magic,
     BITS: tl.constexpr, FIELDS: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    ONE: tl.constexpr, WIDTH: tl.constexpr = 1, EPS: tl.constexpr = 0.0, OFFSET: tl.constexpr = 0.0,
+    GATE: tl.constexpr = 0.0, BEND: tl.constexpr = 0.0,
 ):  # fmt: skip
     """y [m, n] for m <= BM: each of SPLIT parts of a program's threads takes every SPLIT-th chunk, and they add up at the end.
 
+    ONE: m is 1. Then x may be normalized on the way: divided by the root of its mean square plus EPS, and multiplied by
+    norm [k] + OFFSET; WIDTH is the number of features, rounded up. bias [n] and plus [m, n] are added to y. Where GATE is not 0
+    the first half of y, z, becomes z * sigmoid(GATE * z + BEND * z^3) times the other half: y is then [m, n / 2], plus None.
     OVERLAP: launched while the kernel before still runs, for which it waits, and lets the one behind be launched likewise.
     """
     if OVERLAP:
@@ -83,12 +100,25 @@ def few_rows(
     magic += tl.num_programs(2) - 1  # nothing; see levels_of
     CHUNK: tl.constexpr = 32 * FIELDS
     GROUPS: tl.constexpr = CHUNK // GROUP
-    part, out, row = tl.arange(0, SPLIT), tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM)
-    inner, column = tl.arange(0, CHUNK), tl.arange(0, 16)
+    HALVES: tl.constexpr = 1 if GATE == 0 else 2
+    wide, own = n // HALVES, tl.program_id(0) * (BN // HALVES) + tl.arange(0, BN) % (BN // HALVES)
+    out = tl.arange(0, BN) // (BN // HALVES) * wide + own
+    part, row, inner, column = tl.arange(0, SPLIT), tl.arange(0, BM), tl.arange(0, CHUNK), tl.arange(0, 16)
+    wanted, there = (row < m)[None, :], (own < wide)[:, None]
+    root, near, added = 1.0, 1.0, tl.zeros((BN, BM), tl.float32)
     sums = tl.zeros((SPLIT, BN, BM), tl.float32)
     for first in tl.range(0, chunks, SPLIT, num_stages=STAGES):
+        if first == 0:  # what else is read is waited for when the first chunks are under way
+            if norm is not None:
+                root = rsqrt_of_mean_square(x, k, WIDTH, EPS)
+                # Its power of two keeps products with `norm` in range, and is exact.
+                near = (root.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            if bias is not None:
+                added += tl.load(bias + out[:, None], mask=there, other=0.0).to(tl.float32)
+            if plus is not None:
+                added += tl.load(plus + row[None, :] * n + out[:, None], mask=wanted & there, other=0.0).to(tl.float32)
         chunk = first + part
-        live = ((chunk < chunks)[:, None] & (out < n)[None, :])[:, :, None]
+        live = ((chunk < chunks)[:, None] & (own < wide)[None, :])[:, :, None]
         at = (chunk[:, None] * n + out[None, :])[:, :, None] * 16 + column[None, None, :]
         w = tl.reshape(tl.load(words + at, mask=live, other=0), (SPLIT * BN, 16))
         h = tl.reshape(tl.load(high + at, mask=live, other=0).to(tl.int32), (SPLIT * BN, 16)) if BITS == 3 else None
@@ -97,11 +127,26 @@ def few_rows(
         weights = weights_of(w, h, zero, scale, magic, SPLIT * BN, GROUPS, BITS, FIELDS, x.dtype.element_ty)
         slot = chunk[:, None] * CHUNK + inner[None, :]
         place = slot if gather is None else tl.load(gather + slot, mask=(chunk < chunks)[:, None], other=k)
-        inside = (place < k)[:, :, None] & (row < m)[None, None, :]
-        xs = tl.load(x + place[:, :, None] + row[None, None, :] * stride, mask=inside, other=0.0)
+        if ONE:
+            only = tl.load(x + place, mask=place < k, other=0.0)
+            if norm is not None:
+                weight = tl.load(norm + place, mask=place < k, other=0.0)
+                only = (only * near.to(only.dtype) * (weight if OFFSET == 0 else weight.to(tl.float32) + OFFSET)).to(only.dtype)
+            xs = tl.broadcast_to(only[:, :, None], (SPLIT, CHUNK, BM))
+        else:
+            inside = (place < k)[:, :, None] & (row < m)[None, None, :]
+            xs = tl.load(x + place[:, :, None] + row[None, None, :] * stride, mask=inside, other=0.0)
         sums = tl.dot(tl.reshape(weights, (SPLIT, BN, CHUNK)), xs, sums, input_precision=PRECISION)
-    result = tl.sum(sums, 0).to(y.dtype.element_ty)
-    tl.store(y + row[None, :] * n + out[:, None], result, mask=(row < m)[None, :] & (out < n)[:, None])
+    result = tl.sum(sums, 0)
+    if norm is not None:
+        result *= root / near
+    result += added
+    if GATE != 0:
+        z, other = tl.split(tl.permute(tl.reshape(result, (2, BN // 2, BM)), (1, 2, 0)))
+        result = z * tl.sigmoid(z * (GATE + BEND * z * z)) * other
+        own = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+        there = (own < wide)[:, None]
+    tl.store(y + row[None, :] * wide + own[:, None], result.to(y.dtype.element_ty), mask=wanted & there)
 
 
 @triton.jit(do_not_specialize=["m", "chunks", "magic"])

@@ -42,6 +42,9 @@ class Plan:
 
 
 _TABLE: tuple[tuple[int, int, Plan], ...] = (
+    (1, 16384, Plan("few_rows", rows=8, outputs=32, split=2, warps=2, stages=3, overlap=False)),
+    (1, 8192, Plan("few_rows", rows=8, outputs=16, split=2, warps=2, stages=4)),
+    (1, 0, Plan("few_rows", rows=8, outputs=16, split=4, warps=4, stages=6)),
     (8, 16384, Plan("few_rows", rows=8, outputs=32, split=2, warps=2, stages=3, overlap=False)),
     (8, 8192, Plan("few_rows", rows=8, outputs=32, split=4, warps=4, stages=3)),
     (8, 0, Plan("few_rows", rows=8, outputs=16, split=4, warps=4, stages=3)),
@@ -67,8 +70,11 @@ DENSE_OUTPUTS = 64
 _WAVES = 1.25
 """Programs for each processor from which on splitting the inputs further gains nothing."""
 
-_AHEAD = 512
-"""Inputs under way at a time that more stages are not worth: chunks of 2 and 3 bits are of 256."""
+_AHEAD, _AHEAD_OF_ONE = 512, 768
+"""Inputs under way at a time that more stages are not worth, of several rows and of one: chunks of 2 and 3 bits are of 256."""
+
+_TURNS = 3
+"""Turns that a stage more than three is worth having for: filling the stages takes time, too."""
 
 
 def plan_of(m: int, n: int, k: int, *, bits: int, itemsize: int, gpu: Gpu) -> Plan | None:
@@ -81,8 +87,10 @@ def plan_of(m: int, n: int, k: int, *, bits: int, itemsize: int, gpu: Gpu) -> Pl
     if found is None:
         return None
     plan, room = found
-    split = plan.split if plan.kernel == "few_rows" else _split(plan, m, n, k, bits, gpu)
-    return replace(plan, split=split, stages=min(plan.stages, _AHEAD // chunk_of(bits), room))
+    split, chunk = plan.split if plan.kernel == "few_rows" else _split(plan, m, n, k, bits, gpu), chunk_of(bits)
+    turns = -(-k // (chunk * split))
+    ahead = min(_AHEAD_OF_ONE // chunk, max(turns // _TURNS, 3)) if m == 1 else _AHEAD // chunk
+    return replace(plan, split=split, stages=min(plan.stages, ahead, room))
 
 
 def _split(plan: Plan, m: int, n: int, k: int, bits: int, gpu: Gpu) -> int:
