@@ -18,6 +18,7 @@ import copy
 import importlib.util
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -218,14 +219,15 @@ CONTENDERS = (
 def in_turns(watches: dict[str, Callable[[], float]], budget: float) -> dict[str, dict[str, float]]:
     """Median, min and max of what each measures, over `budget` seconds for each.
 
-    In turns, for a GPU that gets warm lowers its clock: who is measured last would look slower.
+    In turns, for a GPU that gets warm lowers its clock: who is measured last would look slower. In another order each turn, for
+    so would who comes after what warms most.
     """
-    times, began = {name: [] for name in watches}, time.perf_counter()
+    times, began, order = {name: [] for name in watches}, time.perf_counter(), random.Random(0)
     for turn in range(100):
         if turn >= 5 and time.perf_counter() - began > budget * len(watches):
             break
-        for name, watch in watches.items():
-            times[name].append(watch())
+        for name in order.sample(list(watches), len(watches)):
+            times[name].append(watches[name]())
     return {name: {"median": statistics.median(ts), "min": min(ts), "max": max(ts)} for name, ts in times.items()}
 
 
