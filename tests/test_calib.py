@@ -46,6 +46,13 @@ def test_splits_of_the_documentation_share_no_text() -> None:
     assert not calibration & evaluation
     lengths = sum(map(len, calibration)), sum(map(len, evaluation))
     assert 0.8 < lengths[0] / lengths[1] < 1.25
+    runs, judged = runs_of(calibration), runs_of(evaluation)
+    assert len(runs & judged) < 0.001 * len(judged)
+
+
+def runs_of(texts: set[str]) -> set[tuple[str, ...]]:
+    """All that has twenty words in a row."""
+    return {tuple(words[i : i + 20]) for words in map(str.split, texts) for i in range(len(words) - 19)}
 
 
 def test_too_little_text_is_refused(model: Path) -> None:

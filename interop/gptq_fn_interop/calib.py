@@ -39,6 +39,9 @@ HUB: dict[str, HubData] = {
 }
 """Short names of the calibration sets that people use."""
 
+_LINE = 80
+"""Characters up to which a paragraph is a heading or a common phrase, in which texts may agree."""
+
 FILES = (".json", ".jsonl", ".md", ".rst", ".text", ".txt")
 """How names end that are not looked for on the hub."""
 
@@ -108,13 +111,25 @@ def texts(data: str, split: Split) -> Iterator[str]:
 
 
 def _pydoc(split: Split) -> Iterator[str]:
-    """CPython's documentation by topic, alphabetically; the first topics, up to half of the text, are for calibration."""
-    total, read = sum(map(len, topics.values())), 0
+    """CPython's documentation by topic, alphabetically; the first topics, up to half of the text, are for calibration.
+
+    Some topics are others put together, so the second half is without the paragraphs that the first half has.
+    """
+    total, read, seen = sum(map(len, topics.values())), 0, set[str]()
     for key in sorted(topics):
-        text = topics[key]
-        read += len(text)
-        if ("calibration" if 2 * read <= total else "evaluation") == split:
-            yield text
+        paragraphs = topics[key].split("\n\n")
+        read += len(topics[key])
+        if 2 * read <= total:
+            seen |= {_words(each) for each in paragraphs if len(each) > _LINE}
+            if split == "calibration":
+                yield topics[key]
+        elif split == "evaluation":
+            yield "\n\n".join(each for each in paragraphs if _words(each) not in seen)
+
+
+def _words(text: str) -> str:
+    """The text without its layout."""
+    return " ".join(text.split())
 
 
 def _hub(data: str, split: Split) -> Iterator[str]:
