@@ -6,6 +6,7 @@ import smollm2
 from gptq_fn_interop.calib import tokens
 from gptq_fn_interop.console import progress
 from gptq_fn_interop.hub import local
+from gptq_fn_interop.staging import unfinished
 from gptq_fn_interop.stream import quantize_checkpoint
 
 BUILD = Path(__file__).parent.parent / "build"
@@ -22,11 +23,11 @@ def in_4_bits(source: Path, build: Path = BUILD) -> Path:
     if not destination.exists():
         calib = tokens("pydoc", source, samples=32, length=512)
         with progress("Quantizing blocks") as advance:
-            quantize_checkpoint(source, destination, calib, progress=advance)
+            quantize_checkpoint(source, destination, calib, progress=advance, resume=True)
     return destination
 
 
 def fresh(directory: Path) -> Path:
-    """The directory, or the first numbered sibling, where nothing is yet: no earlier result is overwritten."""
+    """The directory, or the first numbered sibling, where nothing is yet, nor a run that was cut off: nothing earlier is overwritten."""
     candidates = (directory if i == 1 else directory.with_name(f"{directory.name}-{i}") for i in range(1, 10_000))
-    return next(path for path in candidates if not path.exists())
+    return next(path for path in candidates if not path.exists() and not unfinished(path).exists())

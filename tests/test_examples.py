@@ -1,5 +1,6 @@
 """The examples run as they are: one in a process of its own, the others in this one, where small models compile once for all of them."""
 
+import importlib
 import json
 import os
 import re
@@ -67,6 +68,14 @@ def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     destination = tmp_path_factory.mktemp("examples") / "tiny-llama-4bit"
     gptq_fn(["quantize", str(model), str(destination), *SMALL])
     return destination
+
+
+def test_a_result_goes_where_nothing_is_nor_a_run_that_was_cut_off(folder: None, tmp_path: Path) -> None:
+    fresh = importlib.import_module("models").fresh
+    assert fresh(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / ".a-2.unfinished").mkdir()
+    assert fresh(tmp_path / "a") == tmp_path / "a-3"
 
 
 def linears(directory: Path) -> list[QuantLinear]:
