@@ -56,9 +56,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A cubin, what the compiler said, and how long it took."""
+    """A cubin, the PTX that it was made from, what the compiler said, and how long it took."""
 
     cubin: bytes
+    ptx: str
     log: str
     seconds: float
 
@@ -132,7 +133,8 @@ def compiled(variant: Variant, arch: str) -> Compiled:
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             defines = " ".join(f"{name}={value}" for name, value in variant.defines) or "no defines"
             raise RuntimeError(f"{path} does not compile for {arch} with {defines} ({status.name}):\n{said}")
-        return Compiled(_bytes(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), said, seconds)
+        ptx = _bytes(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program).rstrip(b"\0").decode()
+        return Compiled(_bytes(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), ptx, said, seconds)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
