@@ -3,7 +3,7 @@
 On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the
 one whose blocks share all chunks evenly (stream.cu) as long as a block's chunks and what it reads of others' sums. The microseconds
 were fitted to 1000 products on an H100 (kernels/NOTES.md), of which what is chosen by them takes 1 % more than the best; those of
-blocks of up to 64 rows to 800 later ones (1 %), of 96 and 160 rows, of three warpgroups abreast, and of tiles that are written at
+blocks of up to 64 rows to 1080 later ones (1.2 %), of 96 and 160 rows, of three warpgroups abreast, and of tiles that are written at
 once to 80. On other GPUs one kernel multiplies (multistage.cu), with the fewest rows to a block that hold all.
 """
 
@@ -124,14 +124,15 @@ class Tile(Block):
 
 
 TILES = (
-    Tile(8, 1, 1, 3, 0.85),
-    Tile(8, 1, 2, 2, 0.51),
-    Tile(16, 1, 1, 2, 0.59),
-    Tile(16, 1, 2, 2, 0.48),
-    Tile(32, 1, 1, 2, 0.80),
-    Tile(32, 1, 2, 2, 0.69),
-    Tile(64, 1, 1, 1, 0.56),
-    Tile(64, 1, 2, 2, 0.70),
+    Tile(8, 1, 1, 3, 0.97),
+    Tile(8, 1, 2, 2, 0.63),
+    Tile(8, 1, 2, 3, 0.71),
+    Tile(16, 1, 1, 2, 0.68),
+    Tile(16, 1, 2, 2, 0.59),
+    Tile(32, 1, 1, 2, 1.05),
+    Tile(32, 1, 2, 2, 0.87),
+    Tile(64, 1, 1, 1, 0.59),
+    Tile(64, 1, 2, 2, 0.61),
     Tile(96, 1, 1, 1, 0.80),
     Tile(96, 1, 2, 1, 0.66),
     Tile(128, 1, 1, 1, 0.92),
@@ -170,13 +171,13 @@ class Split:
             return 1.0
         if self.tile.rows > SENT:
             return 0.85
-        return 0.9 if self.parts <= 4 else 0.8
+        return 0.87 if self.parts <= 4 else 0.78
 
     @property
     def _ends(self) -> float:
         """What adding up the parts takes."""
         if self.tile.rows <= SENT:
-            return 0.27 + 0.32 * self.parts
+            return (0.233 + 0.0078 * self.tile.rows) * self.parts
         # Whoever has all parts writes at once.
         return 0.0 if self.parts * self.tile.turns == 1 else 2.15 + 0.22 * self.parts
 
