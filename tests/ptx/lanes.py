@@ -102,12 +102,12 @@ def _conversion(to: str, of: str) -> Meaning:
 
 
 def _wide(name: str, how: str, kind: str, bits: int) -> Meaning:
-    double = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{bits // 4}")
+    double = np.dtype(f"{'i' if kind[0] == 's' else 'u'}{min(bits // 4, 8)}")
     if name == "mad":
         return (lambda a, b, c: a.astype(double) * b.astype(double) + c.view(double)), (kind, kind, f"{kind[0]}{2 * bits}")
     if how == "wide":
         return (lambda a, b: a.astype(double) * b.astype(double)), (kind, kind)
-    return (lambda a, b: (a.astype(double) * b.astype(double) >> double.type(bits)).astype(dtype_of(kind))), (kind, kind)
+    return (lambda a, b: (a.astype(object) * b.astype(object) >> bits).astype(dtype_of(kind))), (kind, kind)
 
 
 def _quotient(a: Lanes, b: Lanes) -> Lanes:
