@@ -228,6 +228,27 @@ def test_a_destination_is_never_overwritten(source, tmp_path):
     assert (tmp_path / "empty" / SINGLE).exists()
 
 
+def test_a_destination_whose_place_cannot_be_taken_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match=r"\. is the current directory, .* name one inside it"), staged("."):
+        pytest.fail("the directory under a shell would vanish")
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    with pytest.raises(FileExistsError, match="is where a file system is mounted"), staged(tmp_path / "volume"):
+        pytest.fail("renaming onto a mounted volume fails when all the work is done")
+    assert [path.name for path in tmp_path.rglob("*")] == ["volume"]
+
+
+def test_a_link_to_where_a_destination_shall_lie_is_followed(tmp_path):
+    (tmp_path / "large" / "empty").mkdir(parents=True)
+    for name in ("empty", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "large" / name)
+        save_gptq(anything("gpt2", SAVED[0]), tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "large" / name / SINGLE).is_file()
+    assert sorted(path.name for path in tmp_path.rglob(".*")) == []
+
+
 @pytest.mark.parametrize(
     ("tokens", "sentence"),
     [

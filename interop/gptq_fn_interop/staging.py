@@ -17,8 +17,8 @@ KEPT = (LOCK, "run.json", "block-*")
 
 
 def unfinished(destination: str | Path) -> Path:
-    """The directory beside `destination` in which it is made."""
-    destination = Path(destination)
+    """The directory beside `destination`, or beside what it leads to if it is a link, in which it is made."""
+    destination = Path(destination).resolve()
     return destination.with_name(f".{destination.name}.unfinished")
 
 
@@ -36,13 +36,17 @@ def require_vacant(destination: str | Path, *, resume: bool = False) -> None:
     Unless `resume`, also if an unfinished run of it has complete blocks.
     """
     destination = Path(destination)
-    above = next(path for path in destination.absolute().parents if path.exists())
+    place = destination.resolve()
+    above = next(path for path in place.parents if path.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"{destination} cannot be made, since {above} is a file; choose another directory.")
     if not os.access(above, os.W_OK):
         raise PermissionError(f"{destination} cannot be made, since nothing may be written into {above}; choose another directory.")
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists already and is not empty; choose another directory or remove it.")
+    if place == Path.cwd() or place.is_mount():
+        taken = "the current directory" if place == Path.cwd() else "where a file system is mounted"
+        raise FileExistsError(f"{destination} is {taken}, whose place no new directory can take; name one inside it.")
     if not resume and (done := complete_blocks(aside := unfinished(destination))):
         raise FileExistsError(
             f"{aside} holds an unfinished run with {done} complete block{'s' * (done > 1)}. "
@@ -94,8 +98,9 @@ def taking_its_place(aside: Path, destination: str | Path) -> Iterator[Path]:
     yield result
     for path in (*result.rglob("*"), result):
         sync(path)
+    destination = Path(destination).resolve()  # a link to a directory that is to be made, or is empty, stays a link
     os.replace(result, destination)
-    sync(Path(destination).parent)
+    sync(destination.parent)
 
 
 def sync(path: Path) -> None:
