@@ -1,13 +1,17 @@
 """Text into tokens: full windows, chosen by a seed, from splits that share nothing."""
 
 import json
+import os
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gptq_fn_interop.calib import documents, encoder, tokens
+from gptq_fn_interop.windows import prefix
 from tiny import save_tiny_llama
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 
@@ -71,6 +75,44 @@ def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(data: str, monkey
 def test_no_samples_and_no_tokens_are_refused(model: Path, samples: int, length: int) -> None:
     with pytest.raises(ValueError, match=f"{samples} samples of {length} tokens were asked for"):
         tokens("pydoc", model, samples=samples, length=length)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "version https://git-lfs.github.com/spec/v1"])
+def test_a_damaged_tokenizer_is_told_in_a_sentence(model: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a readable tokenizer: .*not copied completely"):
+        tokens("pydoc", tmp_path, samples=2, length=32)
+
+
+def test_a_directory_without_a_tokenizer_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"no tokenizer\.json, .* transformers says: .*\w"):
+        tokens("pydoc", tmp_path, samples=2, length=32)
+
+
+def test_a_tokenizer_that_was_saved_with_truncation_and_padding_cuts_and_pads_nothing(model: Path, tmp_path: Path) -> None:
+    saved = Tokenizer.from_file(str(model / "tokenizer.json"))
+    saved.enable_truncation(16)
+    saved.enable_padding(length=24)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    np.testing.assert_array_equal(tokens("pydoc", tmp_path, samples=4, length=64), tokens("pydoc", model, samples=4, length=64))
+    assert prefix(tmp_path) == prefix(model)
+
+
+def test_pipes_are_read_as_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writing = threading.Thread(target=(tmp_path / "pipe").write_text, args=("words",))
+    writing.start()
+    assert [*documents(str(tmp_path / "pipe"))] == ["words"]
+    writing.join()
+
+
+def test_a_mark_of_the_byte_order_is_no_text_and_other_encodings_are_told(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("words", "utf-8-sig")
+    assert [*documents(str(tmp_path / "text"))] == ["words"]
+    (tmp_path / "text").write_text("words", "utf-16")
+    with pytest.raises(ValueError, match=r"not a text in UTF-8.*iconv"):
+        next(documents(str(tmp_path / "text")))
 
 
 def test_files_and_datasets_by_path(model: Path, tmp_path: Path) -> None:

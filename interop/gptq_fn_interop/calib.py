@@ -51,7 +51,7 @@ def tokens(
 ) -> np.ndarray:
     """int32 [samples, length]: text cut into windows of `length` tokens, of which `seed` chooses; the first ones if it is None.
 
-    `data` is an iterable of texts, the path of a text file, "pydoc" (CPython's own documentation, half of it for each
+    `data` is an iterable of texts, the path of a text file or pipe, "pydoc" (CPython's own documentation, half of it for each
     split), a name in HUB, or the name of any hub dataset with a "text" column. `tokenizer` is the directory of a
     checkpoint or a transformers tokenizer. No special tokens are added and no global random state is touched. Raises
     ValueError where the text is too short, and OSError or ValueError where there is no such data.
@@ -82,14 +82,31 @@ def encoder(tokenizer: Any) -> Encode:
         return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     path = Path(tokenizer) / "tokenizer.json"
     if path.exists():
-        fast = Tokenizer.from_file(str(path))
+        fast = read_tokenizer(path)
         return lambda text: fast.encode(text, add_special_tokens=False).ids
     from transformers import AutoTokenizer  # only checkpoints without tokenizer.json need it
 
     try:
         return encoder(AutoTokenizer.from_pretrained(str(tokenizer)))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{tokenizer} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"{tokenizer} has no tokenizer.json, and no other tokenizer in it can be read; copy the model's there. transformers says: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, without the truncation and padding that may have been saved with it.
+
+    Raises ValueError for a damaged file.
+    """
+    try:
+        found = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no kinds of its own
+        raise ValueError(f"{path} is not a readable tokenizer: {error}. It is damaged, or not copied completely.") from error
+    found.no_truncation()
+    found.no_padding()
+    return found
 
 
 def documents(data: str, split: Split = "calibration") -> Iterator[str]:
@@ -101,11 +118,13 @@ def texts(data: str, split: Split) -> Iterator[str]:
     """The same with blank ones."""
     if data == "pydoc":
         yield from _pydoc(split)
-    elif Path(data).is_file():
+    elif Path(data).exists() and not Path(data).is_dir():  # also a pipe
         try:
-            yield Path(data).read_text("utf-8")
+            yield Path(data).read_text("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{data} is not a text in UTF-8: {error}. Give a text file, or the name of a hub dataset.") from error
+            raise ValueError(
+                f"{data} is not a text in UTF-8: {error}. Convert it, as with iconv -f UTF-16 -t UTF-8, or give another text."
+            ) from error
     else:
         yield from _hub(data, split)
 

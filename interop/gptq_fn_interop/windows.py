@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from gptq_fn_interop.calib import Split, encoder, texts
+from gptq_fn_interop.calib import Split, encoder, read_tokenizer, texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +98,7 @@ def prefix(tokenizer: Any) -> list[int]:
     if not isinstance(tokenizer, str | Path):
         whole = tokenizer("a")["input_ids"]
     elif (path := Path(tokenizer) / "tokenizer.json").exists():
-        whole = Tokenizer.from_file(str(path)).encode("a").ids
+        whole = read_tokenizer(path).encode("a").ids
     else:
         from transformers import AutoTokenizer  # only checkpoints without tokenizer.json need it
 
