@@ -228,6 +228,18 @@ def test_a_destination_is_never_overwritten(source, tmp_path):
     assert (tmp_path / "empty" / SINGLE).exists()
 
 
+def test_what_tokenizers_read_is_copied(source, tmp_path):
+    from_source, to, files = tmp_path / "in", tmp_path / "out", ("spm.model", "qwen.tiktoken", "tekken.json", "LICENSE.txt")
+    copy(source, from_source)
+    (from_source / "additional_chat_templates").mkdir()
+    for name in (*files, "additional_chat_templates/tool_use.jinja", "notes.txt"):
+        (from_source / name).write_text(name)
+    quantize_checkpoint(from_source, to, TOKENS, CONFIG)
+    for name in (*files, "additional_chat_templates/tool_use.jinja"):
+        assert (to / name).read_text() == name
+    assert not (to / "notes.txt").exists()
+
+
 def test_a_destination_whose_place_cannot_be_taken_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileExistsError, match=r"\. is the current directory, .* name one inside it"), staged("."):

@@ -167,6 +167,13 @@ def test_a_model_of_no_row_is_traced(source: Path, tmp_path: Path, capsys: pytes
     main(["eval", str(tmp_path / "q"), "--reference", str(tmp_path), *SMALL])
     assert "top-1 agreement" in capsys.readouterr().out
     described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**described, "num_hidden_layers": 3, "layer_types": ["conv", "conv", "full_attention"]})
+    )
+    for said in (failure(capsys, "quantize", str(tmp_path), str(tmp_path / "r"), *SMALL), failure(capsys, "eval", str(tmp_path), *SMALL)):
+        assert "tensors of the Lfm2ForCausalLM that its config.json describes, for example model.layers.1.conv" in said
+    (tmp_path / "config.json").write_text(json.dumps({**described, "intermediate_size": 128, "block_auto_adjust_ff_dim": False}))
+    assert "is not what its config.json describes" in failure(capsys, "quantize", str(tmp_path), str(tmp_path / "r"), *SMALL)
     (tmp_path / "config.json").write_text(json.dumps({**described, "model_type": "bespoke", "auto_map": {"AutoModelForCausalLM": "x.Y"}}))
     assert "Code that comes with a checkpoint is never run" in failure(capsys, "quantize", str(tmp_path), str(tmp_path / "r"), *SMALL)
 

@@ -248,6 +248,7 @@ def torch_model(directory: Path) -> Any:
     import transformers
 
     import gptq_fn.interop  # noqa: F401 - transformers then loads quantized checkpoints
+    from gptq_fn_interop.hf import whole_model
 
     kind = transformers.PreTrainedConfig.get_config_dict(directory)[0].get("model_type")
     if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -256,7 +257,7 @@ def torch_model(directory: Path) -> Any:
             "with a checkpoint is never run; describe the model by hand: see docs/own_architecture.md."
         )
     out.print(f"No row of the table describes {kind} models: running transformers' own forward.", highlight=False)
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto", trust_remote_code=False).eval()
+    return whole_model(directory, "auto")
 
 
 def parse_rule(text: str, base: QuantConfig) -> Rule:

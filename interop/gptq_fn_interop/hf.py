@@ -35,6 +35,24 @@ def from_hf(model: PreTrainedModel) -> tuple[dict[str, Any], ModelSpec]:
     return read_params(spec, arrays_of(model), described), spec
 
 
+def whole_model(directory: str | Path, dtype: str) -> PreTrainedModel:
+    """The causal language model in a directory, in this dtype or, for "auto", in the checkpoint's, by transformers' own code.
+
+    Raises ValueError where the files do not hold all of it, for transformers makes random tensors in place of those that are not there.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    except RuntimeError as error:  # shapes that differ
+        raise ValueError(f"{directory} is not what its config.json describes: {' '.join(str(error).split())}") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{directory} lacks {len(missing)} tensors of the {type(model).__name__} that its config.json describes, for example "
+            f"{missing[0]}: the files are incomplete, or those of another model."
+        )
+    return model.eval()
+
+
 def to_hf(quantized: Quantized, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """A transformers model on the CPU whose quantized linears are QuantLinears.
 

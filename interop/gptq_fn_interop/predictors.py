@@ -74,6 +74,7 @@ def _torch(directory: Path, kind: str | None) -> Predictor:
     import transformers
 
     import gptq_fn.interop  # noqa: F401 - transformers then loads quantized checkpoints
+    from gptq_fn_interop.hf import whole_model
     from gptq_fn_interop.tensors import to_jax
 
     if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -81,9 +82,7 @@ def _torch(directory: Path, kind: str | None) -> Predictor:
             f"transformers has no causal language model of model_type {kind!r}, and code that comes with a checkpoint is never run."
         )
     gpu = torch.cuda.is_available()
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto" if gpu else "float32", trust_remote_code=False
-    ).eval()
+    model: Any = whole_model(directory, "auto" if gpu else "float32")
     model = model.to("cuda") if gpu else model
 
     @torch.no_grad()
