@@ -149,6 +149,19 @@ def test_failures_are_sentences(source: Path, quantized: Path, tmp_path: Path, c
     assert "must be positive" in failure(capsys, "quantize", str(source), new, "--rule", "x => group_size=0", *SMALL)
     assert "no file 'no/such/data'" in failure(capsys, "quantize", str(source), new, "--data", "no/such/data", *SMALL)
     assert "float checkpoint" in failure(capsys, "inspect", str(source))
+    inside = str(Path(new) / "kept")  # after all the work, the destination would not be vacant
+    assert "has to stay empty" in failure(capsys, "quantize", str(source), new, "--keep-hessians", inside, *SMALL)
+    for option, place, sentence in (
+        ("--measured", inside, "has to stay empty"),
+        ("--plot", f"{inside}.png", "has to stay empty"),
+        ("--measured", str(tmp_path), "name a file in a directory that is there"),
+        ("--plot", str(tmp_path / "no" / "plot.png"), "name a file in a directory that is there"),
+        ("--plot", str(tmp_path / "plot.doc"), "ends in .png, .pdf or .svg"),
+    ):
+        assert sentence in failure(capsys, "quantize", str(source), new, "--budget", "4", option, place, *SMALL)
+    assert "name a file in a directory" in failure(
+        capsys, "sweep", str(source), "--hessians", str(tmp_path), "--out", str(tmp_path / "no" / "table.csv")
+    )
     assert not Path(new).exists()
     assert not list(tmp_path.iterdir())
 

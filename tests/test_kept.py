@@ -135,6 +135,12 @@ def test_hessians_of_another_model_are_refused(source: Path, done: tuple[Path, R
         pass
 
 
+def test_hessians_are_not_kept_where_the_model_shall_be(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Hessians in .*kept: .*q has to stay empty"):
+        quantize_checkpoint(source, tmp_path / "q", CALIB, CONFIG, hessians=tmp_path / "q" / "kept")
+    assert not list(tmp_path.iterdir())
+
+
 def test_damage_is_told_in_sentences(source: Path, copied: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no Hessians"):
         sweep(source, tmp_path, [CONFIG])

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ PROBES = 4
 
 SPOKEN = "spoken"
 """The name of the text that the model itself speaks."""
+
+PICTURES = (".png", ".pdf", ".svg")
+"""How the names of pictures end."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +144,18 @@ def table(found: budgets.Measured, chosen: Int[np.ndarray, " groups"]) -> Table:
     return shown
 
 
-def draw(found: budgets.Measured, chosen: Int[np.ndarray, " groups"], title: str, path: Path) -> None:
-    """Draw bits a weight against predicted KL on the first text: the best choices, each setting for all, and what was chosen.
+def require_drawable(path: Path) -> None:
+    """Raise ValueError where there is no matplotlib, or no picture has such a name."""
+    if path.suffix not in PICTURES:
+        raise ValueError(f"--plot {path}: name a file that ends in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")
+    if find_spec("matplotlib") is None:
+        raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib.")
 
-    Raises ValueError where there is no matplotlib.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise ValueError("--plot draws with matplotlib, which is not installed: pip install matplotlib.") from None
+
+def draw(found: budgets.Measured, chosen: Int[np.ndarray, " groups"], title: str, path: Path) -> None:
+    """Draw bits a weight against predicted KL on the first text: the best choices, each setting for all, and what was chosen."""
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -17,6 +17,7 @@ from gptq_fn_interop.checkpoint import Checkpoint
 from gptq_fn_interop.console import flowing, out, progress
 from gptq_fn_interop.hub import local
 from gptq_fn_interop.predictors import Way, load_predictor, positions
+from gptq_fn_interop.staging import require_writable
 from gptq_fn_interop.windows import Window, chunks, prefix, strided, text_tokens
 
 Form = Literal["samples", "strided", "chunks"]
@@ -84,8 +85,8 @@ def evaluate(
     ):
         if isinstance(value, int) and value < least:
             raise ValueError(f"{name} is {least} or more, not {value}.")
-    if to is not None and (to.is_dir() or not to.absolute().parent.is_dir()):
-        raise ValueError(f"--json {to}: it is a directory, or there is none to write it into; name a file in a directory that is there.")
+    if to is not None:
+        require_writable(to, "--json")
     directory, other = local(model), None if reference is None else local(reference)
     longest = positions(Checkpoint(directory).config)
     if length and longest and length > longest:

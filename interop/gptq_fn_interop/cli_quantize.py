@@ -109,10 +109,10 @@ def quantize(
         page: Also write DESTINATION/report.html, as gptq-fn report does.
     """
     from gptq_fn_interop.calib import tokens
-    from gptq_fn_interop.cli_budget import PROBES, SPOKEN, Budget, chosen_config, require, settings_for
+    from gptq_fn_interop.cli_budget import PROBES, SPOKEN, Budget, chosen_config, require, require_drawable, settings_for
     from gptq_fn_interop.hub import local
     from gptq_fn_interop.processes import first, join
-    from gptq_fn_interop.staging import require_vacant
+    from gptq_fn_interop.staging import require_outside, require_vacant, require_writable
 
     began = time.perf_counter()
     limited = None if budget is None and budget_kl is None else Budget(budget, budget_kl)
@@ -127,6 +127,14 @@ def quantize(
 
     config = config_of(128 if options.group_size == "auto" else options.group_size)
     require_vacant(destination, resume=resume)
+    for option, path in (("--keep-hessians", keep_hessians), ("--measured", measured), ("--plot", plot)):
+        if path is not None:
+            require_outside(destination, path, option)
+    for option, path in (("--measured", measured), ("--plot", plot)):
+        if path is not None:
+            require_writable(path, option)
+    if plot is not None:
+        require_drawable(plot)
     directory = local(source)
     if engine and not limited:
         config = _fitting(engine, directory, config_of, options.group_size)

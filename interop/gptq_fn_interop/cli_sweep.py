@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 from gptq_fn import QuantConfig, Report
 from gptq_fn_interop.cli_quantize import parse_rule
 from gptq_fn_interop.console import flowing, out, progress
+from gptq_fn_interop.staging import require_writable
 
 COLUMNS: tuple[str, ...] = (
     "linear",
@@ -67,6 +68,8 @@ def sweep(
 
     if save is not None and save.suffix not in (".json", ".csv"):
         raise ValueError(f"--out {save}: what is written is JSON or CSV; name a file that ends in .json or .csv.")
+    if save is not None:
+        require_writable(save, "--out")
     settings = product(bits, group_size, damp, order)
     bases = [QuantConfig(bits=b, group_size=g, damp=d, order=o, sym=sym, grid=grid) for b, g, d, o in settings]
     configs = [replace(base, rules=tuple(parse_rule(text, base) for text in rule)) for base in bases]

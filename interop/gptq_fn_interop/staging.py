@@ -54,6 +54,18 @@ def require_vacant(destination: str | Path, *, resume: bool = False) -> None:
         )
 
 
+def require_outside(destination: str | Path, path: str | Path, what: str) -> None:
+    """Raise ValueError if `path` lies in `destination`, which has to stay vacant until it is complete. `what` says what goes there."""
+    if Path(path).resolve().is_relative_to(Path(destination).resolve()):
+        raise ValueError(f"{what} {path}: {destination} has to stay empty until the model in it is complete; choose a place outside.")
+
+
+def require_writable(path: Path, what: str) -> None:
+    """Raise ValueError if no file of this path can be written. `what` says which file it is."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{what} {path}: it is a directory, or there is none to write it into; name a file in a directory that is there.")
+
+
 @contextmanager
 def claimed(destination: str | Path, *, resume: bool = False) -> Iterator[Path]:
     """The directory beside `destination`, for one process at a time; what an unfinished run completed is in it where `resume`.

@@ -45,7 +45,7 @@ from gptq_fn_interop.report.run import Origin, describe_run, write_report
 from gptq_fn_interop.resume import Block, begin, blocks_of, complete, files_of, identity
 from gptq_fn_interop.runtime import default_runtime
 from gptq_fn_interop.shards import SHARD_BYTES, assemble, write_json, write_parts
-from gptq_fn_interop.staging import claimed, complete_blocks, link, staged, taking_its_place, unfinished
+from gptq_fn_interop.staging import claimed, complete_blocks, link, require_outside, staged, taking_its_place, unfinished
 
 COMPANIONS = (
     "generation_config.json",
@@ -109,6 +109,8 @@ def quantize_checkpoint(
     config, runtime = config or preset("default"), runtime or default_runtime()
     checkpoint, spec = open_source(source, config, spec)
     check_tokens(calib, checkpoint.shapes[spec.embedding][0])
+    if hessians is not None:
+        require_outside(destination, hessians, "Hessians in")
 
     with ExitStack() as stack:
         aside = by_first(lambda: stack.enter_context(claimed(destination, resume=resume))) or unfinished(destination)
