@@ -16,7 +16,7 @@ from gptq_fn._programs import program
 from gptq_fn._runtime import Runtime
 from gptq_fn._target import ALONE, shares
 from gptq_fn.check import check_tokens
-from gptq_fn.model.decoder import embed
+from gptq_fn.model.decoder import embed, learned_positions
 from gptq_fn.spec import ModelSpec
 
 Samples = Int[Array, "samples time"] | Int[np.ndarray, "samples time"] | Sequence[Any]
@@ -56,15 +56,17 @@ def embed_batches(
     Samples of one length are not padded. Others are, to the next power of two, so that a block compiles for few shapes.
     Computation runs in `dtype`, by default that of the embedding. With a mesh, each device holds as many samples of a batch.
     `beside` begins the float stream, too, with as many samples as it needs: both streams are the same at the first block.
-    Raises ValueError for samples that are not token ids of the model.
+    Raises ValueError for samples that are not token ids of the model, or longer than the positions that it has learned.
     """
-    check_tokens(calib, top["embed"]["weight"].shape[0])
+    tokens = [np.asarray(sample) for sample in calib]
+    check_tokens(tokens, top["embed"]["weight"].shape[0])
     runtime = runtime or Runtime()
     shell, devices = replace(spec, blocks=()), size(runtime.mesh)
     top = placed({role: leaf for role, leaf in top.items() if role in _EMBEDDING}, runtime.mesh, WHOLE)
-    tokens = [np.asarray(sample) for sample in calib]
     lengths = {len(sample) for sample in tokens}
     longest = max(lengths)
+    if longest > (learned := learned_positions(spec, top)):
+        raise ValueError(f"A calibration sample has {longest} tokens, but the model has learned {learned} positions; cut it.")
     alike: dict[int, list[int]] = defaultdict(list)
     for n, sample in enumerate(tokens):
         alike[longest if len(lengths) == 1 else min(longest, 1 << (len(sample) - 1).bit_length())].append(n)

@@ -61,11 +61,12 @@ def begin_linears(
     find = factor or partial(_factor, mesh=runtime.mesh)
     for config, names in alike(plan).items():
         weights = [linears[name]["weight"] for name in names]
-        if weights[0].shape[1] != len(h.xx):
-            raise ValueError(
-                f"{names[0]}: its weight has {weights[0].shape[1]} inputs but {len(h.xx)} features enter it. "
-                "Weights are [out, in]; a Conv1D checkpoint needs stored='in_out' in its LinearSpec."
-            )
+        for name, weight in zip(names, weights, strict=True):
+            if weight.ndim != 2 or weight.shape[1] != len(h.xx):
+                raise ValueError(
+                    f"{name}: its weight is {list(weight.shape)} but {len(h.xx)} features enter it. "
+                    "Weights are [out, in]; a Conv1D checkpoint needs stored='in_out' in its LinearSpec."
+                )
         if config.alpha != 0 and len(moments) < 2:
             config = config.alone("there are no moments of it")
         f = placed(find(h, config), runtime.mesh, WHOLE)

@@ -1,6 +1,7 @@
 """Sampling obeys its laws; a text depends neither on padding nor on the texts beside it, and stops where it ends."""
 
 from dataclasses import replace
+from inspect import unwrap
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +180,8 @@ KEY = jax.random.key(0)
         ({"keep": jnp.arange(9)[None] < jnp.asarray([[9], [5], [9]])}, "pad on the left"),
         ({"keep": jnp.ones((3, 9), bool).at[1, 4].set(False)}, "pad on the left"),
         ({"keep": jnp.ones((3, 9), bool).at[2].set(False)}, "at least one token"),
+        ({"temperature": float("nan"), "key": jax.random.key(0)}, "The temperature is nan"),
+        ({"n": -1}, "n is -1; it is how many tokens"),
         ({"n": 57}, "65 tokens have to be read for 57 new ones, but the model has learned 64 positions"),
         ({"tokens": jnp.full((1, 9), 97)}, "Tokens reach from 97 to 97 but the model knows 97"),
         ({"tokens": jnp.zeros((1, 0), int)}, "at least one token"),
@@ -188,3 +191,23 @@ def test_what_cannot_be_generated_is_refused(opt, options, sentence):
     spec, params, prompts, _ = opt
     with pytest.raises(ValueError, match=sentence):
         generate(spec, params, **{"tokens": prompts, "n": 1, **options})
+
+
+@pytest.mark.parametrize("tokens", [jnp.ones((1, 9)), jnp.ones((1, 9), bool), jnp.ones(9, jnp.int32)])
+def test_prompts_are_whole_numbers(opt, tokens):
+    spec, params, *_ = opt
+    with pytest.raises(ValueError, match=r"Prompts are whole numbers \[batch, time\]; got "):
+        unwrap(generate)(spec, params, tokens, 1)
+
+
+def test_prompts_in_any_type_of_whole_numbers_are_continued_alike(opt):
+    """Vocabularies reach further than the types that may hold a prompt."""
+    spec, params, *_ = opt
+    wider = {role: {"weight": jnp.pad(params["top"][role]["weight"], ((300, 0), (0, 0)))} for role in ("embed",)}
+    params, prompts = {**params, "top": {**params["top"], **wider}}, [[7, 8, 9]]
+    expected = np.asarray(generate(spec, params, jnp.asarray(prompts), 4))
+    assert expected.max() > 255
+    for dtype in (jnp.uint8, jnp.int8):
+        found = unwrap(generate)(spec, params, jnp.asarray(prompts, dtype), 4)
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, expected)

@@ -32,6 +32,7 @@ from gptq_fn import (
     forward,
     quantize,
     quantize_blocks,
+    quantize_linears,
     round_to_nearest,
 )
 from gptq_fn.check import check_tokens
@@ -358,8 +359,36 @@ def test_a_weight_that_lies_the_wrong_way_is_named():
     params = random_params(spec)
     params["blocks"][0]["qkv"]["weight"] = params["blocks"][0]["qkv"]["weight"].T
     only = QuantConfig(4, 16, rules=(Rule(r".*up"),))
-    with pytest.raises(ValueError, match=r"blocks\.0\.qkv: its weight has 96 inputs but 32 features enter it\. Weights are \[out, in\]"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.qkv: its weight is \[32, 96\] but 32 features enter it\. Weights are \[out, in\]"):
         quantize(params, spec, jnp.ones((1, 2), jnp.int32), only)
+
+
+def test_a_weight_of_another_width_is_named_wherever_it_stands():
+    spec = model(GATED, 1)
+    params = random_params(spec)
+    params["blocks"][0]["up"]["weight"] = params["blocks"][0]["up"]["weight"][:, 1:]
+    p, x = params["blocks"][0], jnp.ones((40, WIDTH))
+    plan = {"gate": BY_HAND, "up": BY_HAND}
+    with pytest.raises(ValueError, match=r"up: its weight is \[48, 31\] but 32 features enter it"):
+        next(quantize_linears({name: p[name] for name in plan}, add_rows(empty(WIDTH), x), plan))
+
+
+def test_a_sample_longer_than_the_learned_positions_is_refused():
+    spec = model(GATED, 0)
+    top = random_params(spec)["top"]
+    top["positions"] = {"weight": jnp.ones((10, WIDTH))}
+    spec = replace(spec, position_offset=2)
+    assert embed_batches(spec, top, np.ones((2, 8), np.int32))
+    with pytest.raises(ValueError, match="sample has 9 tokens, but the model has learned 8 positions"):
+        embed_batches(spec, top, [np.ones(9, np.int32), np.ones(4, np.int32)])
+
+
+def test_parameters_of_another_number_of_blocks_are_refused_before_any_work():
+    spec = model(GATED, 2)
+    params = random_params(spec)
+    for blocks in (params["blocks"][:1], params["blocks"] * 2):
+        with pytest.raises(ValueError, match=rf"The parameters have {len(blocks)} blocks but the spec describes 2"):
+            quantize({**params, "blocks": blocks}, spec, np.ones((1, 2), np.int32), BY_HAND)
 
 
 def test_a_weight_too_large_for_a_float16_scale_is_named():

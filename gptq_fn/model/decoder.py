@@ -1,5 +1,6 @@
 """Whole models: tokens in, logits out."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,11 @@ def embed(
     if "positions" in top:
         x = x + jnp.take(top["positions"]["weight"], positions, axis=0)
     return norm(spec.norm, top.get("embed_norm"), x)
+
+
+def learned_positions(spec: ModelSpec, top: Mapping[str, Any]) -> int | float:
+    """The tokens that a text may have: the positions that were learned, or without limit where they are computed."""
+    return len(top["positions"]["weight"]) - spec.position_offset if "positions" in top else math.inf
 
 
 def head_input(spec: ModelSpec, top: Mapping[str, Any], x: Float[Array, "batch time width"]) -> Float[Array, "batch time features"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gptq_fn._quantized import QuantizedLinear
 from gptq_fn.model.attention import Cache, resized
-from gptq_fn.model.decoder import Params, embed, run_block, run_embed, unembed
+from gptq_fn.model.decoder import Params, embed, learned_positions, run_block, run_embed, unembed
 from gptq_fn.model.sampling import choose, require_sound
 from gptq_fn.spec import ModelSpec
 
@@ -38,7 +38,7 @@ def generate(
     pad: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Int[Array, "batch time_plus_n"]:
-    """`tokens` continued by `n` more: the likeliest ones, or drawn at `temperature` with the PRNG key `key`.
+    """`tokens` continued by `n` more, in int32: the likeliest ones, or drawn at `temperature` with the PRNG key `key`.
 
     Drawn tokens are of the `top_k` likeliest, and of these in the nucleus of `top_p`. Prompts of several lengths are
     padded on the left: `keep` is False for padding, which nothing attends to and no position counts. Behind one of the
@@ -52,7 +52,10 @@ def generate(
     tokens that each text has and `n`. Raises ValueError where options contradict each other or what is known of the model.
     """
     require_sound(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
+    if n < 0:
+        raise ValueError(f"n is {n}; it is how many tokens are generated.")
     prompts, lengths = _left_aligned(tokens, keep)
+    tokens = jnp.asarray(tokens, jnp.int32)  # a narrower type that holds the prompts need not hold what follows
     _require_known(spec, params["top"], prompts, n)
     if n == 0:
         return tokens
@@ -70,7 +73,7 @@ def generate(
         state = steps(spec, params, state, how, top_k, min(_LOOK, n - done))
         if progress:
             progress(min(int(state.text.written), n), n)
-    return jnp.concatenate([tokens, state.text.tokens.astype(tokens.dtype)], axis=1)
+    return jnp.concatenate([tokens, state.text.tokens], axis=1)
 
 
 class _Text(NamedTuple):
@@ -176,6 +179,8 @@ def _draw(
 def _left_aligned(tokens: Array, keep: Array | None) -> tuple[Int[Array, "batch longest"], Int[Array, " batch"]]:
     """The prompts with their padding behind, where causal attention does not see it, and their lengths."""
     ids = np.asarray(tokens)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"Prompts are whole numbers [batch, time]; got {ids.dtype} {list(ids.shape)}.")
     kept = np.ones(ids.shape, bool) if keep is None else np.asarray(keep)
     if kept.shape != ids.shape or not ids.size or not kept[:, -1].all() or (kept[:, :-1] & ~kept[:, 1:]).any():
         raise ValueError(
@@ -192,5 +197,5 @@ def _require_known(spec: ModelSpec, top: Mapping[str, Any], prompts: Array, n: i
     ids, vocabulary, longest = np.asarray(prompts), len(top["embed"]["weight"]), prompts.shape[1] + n - 1
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise ValueError(f"Tokens reach from {ids.min()} to {ids.max()} but the model knows {vocabulary}: another tokenizer made them.")
-    if "positions" in top and longest > (learned := len(top["positions"]["weight"]) - spec.position_offset):
+    if longest > (learned := learned_positions(spec, top)):
         raise ValueError(f"{longest} tokens have to be read for {n} new ones, but the model has learned {learned} positions.")

@@ -1,5 +1,7 @@
 """Which token comes next: functions of logits."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -47,7 +49,7 @@ def choose(
 
 def require_sound(*, temperature: float, top_k: int | None, top_p: float | None, key: Array | None) -> None:
     """Raise ValueError where options contradict each other."""
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"The temperature is {temperature}; it is 0 for the likeliest tokens, or positive for drawn ones.")
     if temperature > 0 and key is None:
         raise ValueError(f"Sampling at temperature {temperature} needs a PRNG key: pass key=jax.random.key(seed).")
