@@ -61,7 +61,7 @@ def descend(
     xx = jnp.pad(_damped(h, damp), ((0, size - n), (0, size - n))) + jnp.diag(jnp.arange(size) >= n).astype(jnp.float32)
     starts = jnp.arange(0, size, _PANEL)
     squares = jax.vmap(lambda start: jax.lax.dynamic_slice(xx, (start, start), (_PANEL, _PANEL)))(starts)
-    inverses = jax.vmap(lambda square: jax.scipy.linalg.solve_triangular(square, jnp.eye(_PANEL)))(squares)
+    inverses = jax.vmap(lambda square: jax.scipy.linalg.solve_triangular(square, jnp.eye(_PANEL, dtype=square.dtype)))(squares)
     stored = Grid(q.scale.T.astype(jnp.float32), q.zero.T.astype(jnp.float32))
     group = jnp.pad(q.group_of, (0, size - n))
     error = jnp.pad(_target(w, h) - dequantize(q), ((0, 0), (0, size - n))).T
@@ -123,7 +123,7 @@ def _best_scales(
     old = scale.astype(jnp.float32)
     size = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
     size = jnp.where(size > 0, size, 1.0)  # a group of zeros keeps any scale
-    scaled = gram / (size[:, :, None] * size[:, None, :]) + _RIDGE * jnp.eye(gram.shape[1])[None]
+    scaled = gram / (size[:, :, None] * size[:, None, :]) + _RIDGE * jnp.eye(gram.shape[1], dtype=gram.dtype)[None]
     root = jnp.linalg.cholesky(scaled, symmetrize_input=False)
     step = jax.scipy.linalg.cho_solve((root, True), (gain / size)[:, :, None])[:, :, 0] / size
     new = (old + step).astype(scale.dtype)

@@ -236,6 +236,18 @@ def test_wide_and_many_rows(config, monkeypatch):
     np.testing.assert_allclose(parts.scale, whole.scale, rtol=2e-3)
 
 
+def test_64_bits_change_nothing():
+    """Everything is float32 where JAX has float64, too."""
+    config = QuantConfig(3, 16, refine=("descent", "refit"))
+    w, h = problem(5, 40)
+    q = rounded(w, config)
+    expected = refit(descend(q, w, h, DAMP), w, h, DAMP, config)
+    with jax.enable_x64(True):
+        found = refit(descend(q, w, h, DAMP), w, h, DAMP, config)
+    for leaf in ("codes", "scale"):
+        np.testing.assert_array_equal(getattr(found, leaf), getattr(expected, leaf))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [QuantConfig(4, 128), QuantConfig(3, 48, sym=False, order="act")], ids=name)
 def test_refinements_on_a_gpu(config):
