@@ -1,8 +1,9 @@
 """The gptq-fn quantize command."""
 
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tyro.conf import Positional, Suppress, arg
 
-from gptq_fn import FAMILIES, ON_DEVICE, ON_HOST, Preset, QuantConfig, Refinement, Report, Rule, Runtime, Search, preset
+from gptq_fn import FAMILIES, ON_DEVICE, ON_HOST, ModelSpec, Preset, QuantConfig, Refinement, Report, Rule, Runtime, Search, preset
 from gptq_fn_interop.console import flowing, out, progress
 from gptq_fn_interop.report import PAGE, Origin, read_report, write_page
 
@@ -236,12 +237,25 @@ def _described(directory: Path, config: QuantConfig, **means: Any) -> Callable[.
 
     if Checkpoint(directory).config.get("model_type") not in FAMILIES:
         return None
-    open_source(directory, config)
+    _, spec = open_source(directory, config)
+    _require_matching(config.rules, spec)
 
     def run(calib: Any, config: QuantConfig, destination: Path, progress: Any) -> Report:
         return quantize_checkpoint(directory, destination, calib, config, progress=progress, **means)
 
     return run
+
+
+def _require_matching(rules: Sequence[Rule], spec: ModelSpec) -> None:
+    """Raise ValueError for a rule that matches no linear of the model: it is misspelt, or meant for another model."""
+    names = [name for i, block in enumerate(spec.blocks) for linear in block.linears for name in spec.names_of(i, linear)]
+    names += [head] if (head := dict(spec.tensors).get("head")) else []
+    for rule in rules:
+        if not any(re.match(rule.pattern, name) for name in names):
+            raise ValueError(
+                f"The rule for {rule.pattern!r} matches no linear of this model; their names are as {names[0]} and {names[-1]}, "
+                "and a pattern matches from the start."
+            )
 
 
 def _traced(directory: Path, origin: Origin) -> Callable[..., Report]:
