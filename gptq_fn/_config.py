@@ -15,6 +15,14 @@ Search = Literal["minmax", "mse", "hid", "loop"]
 Seen = Literal["routed", "all"]
 Refinement = Literal["descent", "refit"]
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("bits", "min_rows"), (int,)),
+    **dict.fromkeys(("sym", "static_groups", "negative_scales", "sequential", "untie"), (bool,)),
+    "group_size": (int, type(None)),
+    **dict.fromkeys(("damp", "alpha"), (float, int, type(None))),
+}
+"""What the fields that are one number hold: nothing that only equals it, for shapes need whole numbers and JSON knows no others."""
+
 FindGrid = Callable[[Float[Array, "out group"], Float[Array, " group"], "QuantConfig"], Grid]
 """A search of your own: the grid of each row of a group of weights, float32, each row for itself. Beside the weights it gets what a
 squared rounding error of each column costs, once the columns behind make up for it, and the configuration. Columns that only fill
@@ -85,6 +93,9 @@ class QuantConfig:
     """Exceptions by name; the first match wins. Routers and the head are quantized only where a rule with a config names them."""
 
     def __post_init__(self) -> None:
+        for name, kinds in _TYPES.items():
+            if type(value := getattr(self, name)) not in kinds:
+                raise ValueError(f"{name} must be {' or '.join(k.__name__.removesuffix('Type') for k in kinds)}, got {value!r}.")
         for name, kind in (("bits", Bits), ("order", Order), ("grid", Search), ("experts", Seen)):
             value = getattr(self, name)
             if value not in get_args(kind) and not (name == "grid" and callable(value)):
@@ -101,8 +112,10 @@ class QuantConfig:
                 "grid='loop' rounds a group to learn what a scale costs, but static_groups takes all scales before the first column is "
                 "rounded, got both; use grid='hid', or leave static_groups out."
             )
-        if self.min_rows < 0:
-            raise ValueError(f"min_rows is a number of calibration tokens, got {self.min_rows}.")
+        if self.min_rows < 1:
+            raise ValueError(
+                f"min_rows must be at least 1, for a linear that no calibration token reaches can only be rounded, got {self.min_rows}."
+            )
         if self.damp is not None and not 0 <= self.damp < 1:
             raise ValueError(f"damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got {self.damp}.")
         if self.alpha is not None and not 0 <= self.alpha <= 1:

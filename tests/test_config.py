@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +34,13 @@ def test_a_config_is_a_key(config):
         ({"damp": 1.0}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got 1.0."),
         ({"rules": ("a",)}, "rules must be a tuple of Rule, got ('a',)."),
         ({"rules": [Rule("a")]}, "rules must be a tuple of Rule, got [Rule(pattern='a', config=None)]."),
+        ({"min_rows": 0}, "min_rows must be at least 1, for a linear that no calibration token reaches can only be rounded, got 0."),
+        ({"bits": 4.0}, "bits must be int, got 4.0."),
+        ({"group_size": 64.0}, "group_size must be int or None, got 64.0."),
+        ({"group_size": True}, "group_size must be int or None, got True."),
+        ({"group_size": np.int64(64)}, "group_size must be int or None, got np.int64(64)."),
+        ({"damp": np.float32(0.5)}, "damp must be float or int or None, got np.float32(0.5)."),
+        ({"sym": "no"}, "sym must be bool, got 'no'."),
         ({"damp": float("nan")}, "damp is relative to the Hessian's mean diagonal and must lie in [0, 1), got nan."),
     ],
 )
