@@ -112,7 +112,7 @@ def test_a_graph_sees_new_tensors_however_they_come() -> None:
         layer.scales, layer.qzeros, layer.g_idx, layer.qweight = other.scales, other.qzeros, other.g_idx, other.qweight
 
     def as_accelerate_does(layer: QuantLinear) -> None:
-        layer._buffers |= other._buffers
+        layer._buffers |= {name: getattr(other, name) for name in other._buffers}
         layer._parameters |= other._parameters
 
     for change in (by_loading, by_attributes, as_accelerate_does):

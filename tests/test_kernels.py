@@ -48,6 +48,19 @@ def linears(draw: st.DrawFn) -> tuple[Linear, Scheme]:
     return random_linear(np.random.default_rng(draw(seeds)), inputs, outputs, scheme), scheme
 
 
+# layouts
+
+
+@few
+@given(linears())
+def test_a_prepared_weight_tells_its_codes(drawn: tuple[Linear, Scheme]) -> None:
+    linear, scheme = drawn
+    packed = packed_of(linear, scheme)
+    for backend in BACKENDS:
+        if backend.restored and (scheme.bits in (4, 8) or backend.name not in ("cuda", "multistage")):
+            assert torch.equal(backend.restored(backend.prepare(packed)), packed.qweight), backend.name
+
+
 # words
 
 

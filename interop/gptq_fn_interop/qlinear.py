@@ -1,11 +1,11 @@
 """A linear layer of torch that holds a GPTQ checkpoint's tensors and multiplies with them as they are."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from gptq_fn_kernels import Packed, Prepared, dequantize, multiply, prepare
+from gptq_fn_kernels import Packed, Prepared, alone, codes_of, dequantize, multiply, prepare
 from torch import nn
 
 from gptq_fn_interop.gptq_format import TENSORS, zeros_of
@@ -26,6 +26,8 @@ class _Derived:
     g_idx: torch.Tensor
     packed: Packed
     prepared: dict[torch.dtype, Prepared] = field(default_factory=dict)
+    keeper: Prepared | None = None
+    """Who has the codes where `qweight` is on the meta device."""
 
 
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,6 +43,9 @@ def _untraced(method: Any) -> Any:
 class QuantLinear(nn.Linear):
     """y = x W^T + b with W quantized. The state dict is the checkpoint's: qweight, qzeros, scales, g_idx and bias, unchanged.
 
+    Once a kernel has the codes in a layout of its own, the layer keeps that alone: among its buffers qweight is then on the meta
+    device. The attribute, the state dict, copies and moves have its values, made again each time.
+
     It is an `nn.Linear` with a `weight`, which is what PEFT and transformers look for; that weight is dequantized at each
     access, and writing to it or assigning another raises ValueError. Scales are a parameter, so that the layer has one,
     but frozen. Activations may have any floating dtype, whatever the scales' is; gradients reach them.
@@ -49,7 +54,6 @@ class QuantLinear(nn.Linear):
     (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA) are refused: they belong on the float model, before it is quantized.
     """
 
-    qweight: torch.Tensor
     qzeros: torch.Tensor
     g_idx: torch.Tensor
 
@@ -63,18 +67,28 @@ class QuantLinear(nn.Linear):
         groups, self.out_features = tensors["scales"].shape
         self.in_features, self.groups = tensors["g_idx"].shape[0], groups
         self.bits, self.scheme, self.backend = bits, dict(scheme or {}), backend
-        for name in ("qweight", "qzeros", "g_idx"):
+        self._buffers["qweight"] = tensors["qweight"]  # register_buffer would not take a property's name
+        for name in ("qzeros", "g_idx"):
             self.register_buffer(name, tensors[name])
         self.scales = nn.Parameter(tensors["scales"], requires_grad=False)
         self.register_parameter("bias", nn.Parameter(tensors["bias"], requires_grad=False) if "bias" in tensors else None)
         self.loading = False  # set while tensors are to come: whoever initializes the weight then initializes nothing
-        self._derived: _Derived | None = None
+        self.__dict__["_derived"] = None
         Packed(*self._tensors(), bits, 0)  # refuses what does not belong together before anything is loaded
+
+    @property
+    def qweight(self) -> torch.Tensor:
+        """int32 [in * bits / 32, out]: the codes as the checkpoint has them."""
+        held, derived = self._buffers["qweight"], self._derived
+        assert held is not None
+        if derived is None or derived.keeper is None or held is not derived.qweight:
+            return held
+        return codes_of(derived.keeper)
 
     @property
     def packed(self) -> Packed:
         """The weight as kernels take it. Reads the zero points when it is made."""
-        return self._derive(None).packed
+        return self._whole(self._derive(None))
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -119,11 +133,33 @@ class QuantLinear(nn.Linear):
             or buffers.get("g_idx") is not derived.g_idx
             or self._parameters.get("scales") is not derived.scales
         ):
+            self._take_back()
             with torch.inference_mode(False), torch.no_grad():  # what is kept must serve any mode
                 derived = self._derived = _Derived(*self._tensors(), self._pack())
         if dtype is not None and dtype not in derived.prepared:
-            derived.prepared[dtype] = prepare(derived.packed, dtype, self.backend)
+            found = prepare(self._whole(derived), dtype, self.backend)
+            derived = self._give_up(derived, dtype, found)
         return derived
+
+    def _whole(self, derived: _Derived) -> Packed:
+        return derived.packed if derived.keeper is None else replace(derived.packed, qweight=codes_of(derived.keeper))
+
+    def _give_up(self, derived: _Derived, dtype: torch.dtype, found: Prepared) -> _Derived:
+        """Holds the weight that was prepared for `dtype`, and no longer the codes where that has them."""
+        if (keeper := derived.keeper or alone(found)) is None:
+            derived.prepared[dtype] = found
+            return derived
+        packed = keeper.packed
+        prepared = {kind: replace(each, packed=packed) for kind, each in {**derived.prepared, dtype: found}.items()}
+        self._buffers["qweight"] = packed.qweight
+        self._derived = replace(derived, qweight=packed.qweight, packed=packed, prepared=prepared, keeper=keeper)
+        return self._derived
+
+    def _take_back(self) -> None:
+        """Holds the codes again, and nothing that follows from them."""
+        if self._derived is not None:
+            self._buffers["qweight"] = self.qweight
+            self.__dict__["_derived"] = None
 
     @_untraced
     def _derive_untraced(self, dtype: torch.dtype | None) -> None:
@@ -137,7 +173,7 @@ class QuantLinear(nn.Linear):
 
     def _pack(self) -> Packed:
         qweight, qzeros, scales, g_idx = self._tensors()
-        if qzeros.is_meta:
+        if qzeros.is_meta or qweight.is_meta:
             raise ValueError(f"{self} has no values yet: its tensors are on the meta device. Load a checkpoint into it first.")
         stored = zeros_of(to_numpy(qzeros), self.bits, self.out_features, self.scheme)
         if stored == "v1_carry":
@@ -146,23 +182,30 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         def watched(tensor: torch.Tensor) -> torch.Tensor:
+            if self._derived is not None and tensor is self._derived.qweight and self._derived.keeper is not None:
+                return tensor  # scales, which come first, stayed where they are
             result = fn(tensor)
             if result is not tensor:
-                self._derived = None  # a parameter that is cast or moved stays the same object
+                self._take_back()  # a parameter that is cast or moved stays the same object
             return result  # where nothing changes, captured CUDA graphs go on reading what was derived
 
         return super()._apply(watched, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._derived = None  # values are copied into the same tensors
+        self._take_back()  # values are copied into the same tensors
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}qweight"] = self.qweight
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # nn.Module would answer that the attribute exists already, or has no setter
             refuse()
-        if name == "backend" or (name in TENSORS and name != "bias"):
-            self.__dict__["_derived"] = None
+        if "_derived" in self.__dict__ and (name == "backend" or (name in TENSORS and name != "bias")):
+            self._take_back()
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_derived": None}  # copies and pickles derive their own
+        buffers = {**self._buffers, "qweight": self.qweight}
+        return {**self.__dict__, "_buffers": buffers, "_derived": None}  # copies and pickles derive their own

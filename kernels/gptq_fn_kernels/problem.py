@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from gptq_fn_kernels.words import unpack, words_of
+from gptq_fn_kernels.words import chunk_of, pack, unpack, words_of
 
 BITS = (2, 3, 4, 8)
 
@@ -82,6 +82,13 @@ class Packed:
         size = int((self.g_idx == self.g_idx[0]).sum())
         regular = torch.arange(self.k, device=self.g_idx.device) // size
         return size if bool((self.g_idx == regular).all()) else None
+
+
+def words_of_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes int32 [k, n] -> the `qweight` of them; what its last word has behind them is 0."""
+    k = len(codes)
+    behind = codes.new_zeros((-k % chunk_of(bits)[0], *codes.shape[1:]))
+    return pack(torch.cat([codes, behind]), bits, torch.stack)[: words_of(k, bits)]
 
 
 @dataclass(frozen=True)

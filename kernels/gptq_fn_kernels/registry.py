@@ -1,7 +1,7 @@
 """The backends in order of preference, and the choice among them: a list to ask, not a ladder of conditions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,11 @@ from gptq_fn_kernels import reference
 from gptq_fn_kernels.cpu import vectors
 from gptq_fn_kernels.cuda import backend as cuda
 from gptq_fn_kernels.cuda.weight import prepare as prepare_for_cuda
+from gptq_fn_kernels.cuda.weight import restored as cuda_codes
 from gptq_fn_kernels.problem import Packed, Problem, problem_of
 from gptq_fn_kernels.triton import backend as triton
 from gptq_fn_kernels.triton.weight import prepare as prepare_for_triton
+from gptq_fn_kernels.triton.weight import restored as triton_codes
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,15 @@ class Backend:
     """(x [..., k], form) -> [..., n], in x's dtype; gradients are not its concern."""
     gradient: Callable[[torch.Tensor, Any], torch.Tensor] | None = None
     """(grad [..., n], form) -> [..., k], what reaches x; None for the reference's, which unpacks the checkpoint's tensors."""
+    restored: Callable[[Any], torch.Tensor] | None = None
+    """form -> the qweight that it was made from, so that nobody has to keep both; only where `gradient` needs none either."""
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cuda", cuda.on_hopper, prepare_for_cuda, cuda.matmul, cuda.gradient),
-    Backend("triton", triton.unsupported, prepare_for_triton, triton.matmul, triton.gradient),
-    Backend("multistage", cuda.elsewhere, prepare_for_cuda, cuda.matmul, cuda.gradient),
-    Backend("cpu_vectors", vectors.unsupported, vectors.prepare, vectors.matmul, vectors.gradient),
+    Backend("cuda", cuda.on_hopper, prepare_for_cuda, cuda.matmul, cuda.gradient, cuda_codes),
+    Backend("triton", triton.unsupported, prepare_for_triton, triton.matmul, triton.gradient, triton_codes),
+    Backend("multistage", cuda.elsewhere, prepare_for_cuda, cuda.matmul, cuda.gradient, cuda_codes),
+    Backend("cpu_vectors", vectors.unsupported, vectors.prepare, vectors.matmul, vectors.gradient, vectors.restored),
     Backend("reference", reference.unsupported, reference.prepare, reference.matmul),
 )
 """Every backend, the preferred one first; the reference serves what no other does."""
@@ -70,6 +74,7 @@ class Prepared:
 
     backend: Backend
     packed: Packed
+    """Its qweight may be on the meta device, where `form` is what has the codes: see `alone`."""
     form: Any
     k: int
     """The number of inputs; asked at each call, so it is at hand."""
@@ -87,6 +92,23 @@ def prepare(packed: Packed, dtype: torch.dtype, backend: str | None = None, back
     if packed.qweight.device.type != "cpu":
         torch.accelerator.current_stream(packed.qweight.device).synchronize()
     return prepared
+
+
+def alone(prepared: Prepared) -> Prepared | None:
+    """The same without the checkpoint's codes, which `codes_of` makes again, or None where they are needed."""
+    if prepared.backend.restored is None or prepared.backend.gradient is None:
+        return None
+    room = torch.empty_like(prepared.packed.qweight, device="meta")
+    return replace(prepared, packed=replace(prepared.packed, qweight=room))
+
+
+def codes_of(prepared: Prepared) -> torch.Tensor:
+    """The qweight that it was prepared from: kept, or made anew."""
+    if not prepared.packed.qweight.is_meta:
+        return prepared.packed.qweight
+    assert prepared.backend.restored is not None
+    with torch.inference_mode(False), torch.no_grad():
+        return prepared.backend.restored(prepared.form)
 
 
 def multiply(x: torch.Tensor, prepared: Prepared) -> torch.Tensor:

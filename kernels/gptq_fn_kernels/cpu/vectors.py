@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gptq_fn_kernels.problem import Packed, Problem
+from gptq_fn_kernels.problem import Packed, Problem, words_of_codes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,6 +92,19 @@ def prepare(packed: Packed) -> Vectors:
     scales, zeros = _blocks(packed.scales.float(), blocks), _blocks(packed.zeros.to(torch.uint8), blocks)
     table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 3)
     return Vectors(words, scales, zeros, table, inputs, packed.n, packed.k, packed.bits, _arrays(inputs, words, scales, zeros, table))
+
+
+def restored(form: Vectors) -> torch.Tensor:
+    """The qweight that it was prepared from."""
+    per, flat = 32 // form.bits, form.inputs.view(-1)
+    places = torch.empty(form.k, dtype=torch.long)
+    places[flat[flat < form.k].long()] = (flat < form.k).nonzero()[:, 0]
+
+    def block(words: torch.Tensor) -> torch.Tensor:
+        codes = torch.stack([words >> i * form.bits & 2**form.bits - 1 for i in range(per)], 1)
+        return words_of_codes(codes.view(-1, _BLOCK)[places], form.bits)
+
+    return torch.cat([block(words) for words in form.words], 1)[:, : form.n].contiguous()
 
 
 def matmul(x: torch.Tensor, form: Vectors) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from gptq_fn_kernels.problem import Packed
 from gptq_fn_kernels.triton.layout import chunk_of
-from gptq_fn_kernels.triton.weight import held_of
+from gptq_fn_kernels.triton.weight import from_slots, held_of
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """words, grid, gather"""
@@ -48,6 +48,11 @@ def prepare(packed: Packed) -> CudaWeight:
         parts.append(packed.zeros.to(torch.float16).view(parts[0].dtype))
     grid = torch.stack([part[groups].transpose(1, 2) for part in parts], -1).contiguous()
     return CudaWeight(held.words, grid, held.gather, packed.bits, packed.k, packed.n)
+
+
+def restored(weight: CudaWeight) -> torch.Tensor:
+    """The qweight that it was prepared from."""
+    return from_slots(weight.words, None, weight.gather, weight.bits, weight.k)
 
 
 def _narrowed(scales: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gptq_fn_kernels.problem import Packed
+from gptq_fn_kernels.problem import Packed, words_of_codes
 from gptq_fn_kernels.slots import slots_of
-from gptq_fn_kernels.triton.layout import FOR_TRITON, SMALLEST_GROUP, chunk_of, largest_group_of, pack_words
+from gptq_fn_kernels.triton.layout import FOR_TRITON, FROM_TRITON, SMALLEST_GROUP, chunk_of, largest_group_of, pack_words, unpack_words
 from gptq_fn_kernels.words import unpack
 
 _BLOCK = 2**24
@@ -56,6 +56,27 @@ def prepare(packed: Packed) -> TritonWeight:
     words, high = (None if part is None else part[..., FOR_TRITON] for part in (held.words, held.high))
     assert words is not None
     return TritonWeight(words, high, zeros, scales, held.gather, packed.bits, held.share, packed.k, packed.n)
+
+
+def restored(weight: TritonWeight) -> torch.Tensor:
+    """The qweight that it was prepared from."""
+    words, high = (None if part is None else part[..., FROM_TRITON] for part in (weight.words, weight.high))
+    assert words is not None
+    return from_slots(words, high, weight.gather, weight.bits, weight.k)
+
+
+def from_slots(words: torch.Tensor, high: torch.Tensor | None, gather: torch.Tensor | None, bits: int, k: int) -> torch.Tensor:
+    """The qweight from which `held_of` made these words."""
+    slots = torch.arange(k, device=words.device)
+    if gather is not None:
+        inputs = gather[gather < k].long()
+        slots[inputs] = (gather < k).nonzero()[:, 0]
+    parts = []
+    for start in range(0, words.shape[1], step := max(_BLOCK // (words.shape[0] * chunk_of(bits)), 1)):
+        outs = slice(start, start + step)
+        codes = unpack_words(words[:, outs], None if high is None else high[:, outs], bits, torch.stack)[:, slots]
+        parts.append(words_of_codes(codes.T, bits))
+    return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True, eq=False)
