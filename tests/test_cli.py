@@ -1,7 +1,12 @@
 """The command as a user types it: results, sentences and exit statuses."""
 
 import json
+import re
+import resource
 import shutil
+import signal
+import time
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -9,6 +14,7 @@ import torch
 import transformers
 from gptq_fn_interop.cli import main
 from gptq_fn_interop.cli_quantize import parse_rule
+from gptq_fn_interop.console import insisting
 from gptq_fn_kernels import Problem, choose, explain
 from safetensors import safe_open
 from tiny import save_tiny_llama
@@ -73,6 +79,47 @@ def test_inspect_names_the_engines_and_their_reasons(quantized: Path, capsys: py
     assert "11 linears: 4 bits, groups of 32, symmetric, float16 scales" in said
     assert "zero points: v1" in said
     assert "llama.cpp" in said
+
+
+def test_names_are_told_as_they_are_whatever_the_terminal_takes(
+    quantized: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(quantized, tmp_path / "model[v2]")
+    main(["inspect", str(tmp_path / "model[v2]"), "--for", "transformers"])
+    assert "model[v2], as far as" in " ".join(capsys.readouterr().out.split())
+    with TextIOWrapper(BytesIO(), "ascii") as narrow, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", narrow)
+        main(["eval", str(source), "--samples", "2", "--length", "16"])  # its result holds a plus-minus sign
+        narrow.flush()
+        assert b"perplexity" in narrow.buffer.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_the_system_refuses_is_told_with_the_file(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        said = failure(capsys, "quantize", str(source), str(tmp_path / "q"), "--group-size", "32", *SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.fullmatch(r"(Quantizing.*)?gptq-fn: .*/\.q\.unfinished/.*\.safetensors: File too large\.", said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_that_a_finalizer_swallows_comes_again() -> None:
+    class Swallowing:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def run() -> None:
+        Swallowing()
+        time.sleep(10)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt), insisting():
+            run()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_kernels_tells_every_backend_its_reason_and_which_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

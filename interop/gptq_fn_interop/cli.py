@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import Annotated, NoReturn
 
 import tyro
@@ -16,7 +17,7 @@ from gptq_fn_interop.cli_quantize import Engine, quantize, say
 from gptq_fn_interop.cli_report import report
 from gptq_fn_interop.cli_sweep import sweep
 from gptq_fn_interop.compile_cache import keep_programs
-from gptq_fn_interop.console import out, problems
+from gptq_fn_interop.console import insisting, out, problems
 
 
 def inspect(model: Annotated[Positional[str], arg(metavar="MODEL")], engine: Annotated[Engine | None, arg(name="for")] = None) -> None:
@@ -73,19 +74,30 @@ def main(args: Sequence[str] | None = None) -> None:
     if args == ["--version"]:
         return out.print(f"gptq-fn {__version__}", highlight=False)
     keep_programs()
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show is no reason to lose a result
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptq-fn", description=ABOUT, args=args)
+        with insisting():
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="gptq-fn", description=ABOUT, args=args)
     except (ValueError, OSError) as error:
-        _fail(f"gptq-fn: {error}", error, 1)
+        _fail(f"gptq-fn: {_told(error)}", error, 1)
     except ModuleNotFoundError as error:
         _fail(f"gptq-fn: this needs {error.name}, which is not installed: pip install 'gptq-fn[all]'.", error, 1)
     except KeyboardInterrupt as error:
         _fail("gptq-fn: interrupted.", error, 130)
 
 
+def _told(error: ValueError | OSError) -> str:
+    """The error in words: of one that the system raised, what it is about and what the system calls it."""
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        about = " and ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
+        return f"{about}: {error.strerror}." if about else f"{error.strerror}."
+    return str(error)
+
+
 def _fail(said: str, error: BaseException, status: int) -> NoReturn:
     """Tell what went wrong, and what was noted on the way, and exit."""
-    problems.print(" ".join([said, *getattr(error, "__notes__", ())]), style="red", highlight=False, markup=False)
+    problems.print(" ".join([said, *getattr(error, "__notes__", ())]), style="red", highlight=False)
     sys.exit(status)
 
 

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from gptq_fn_interop.console import out
+
 if TYPE_CHECKING:
     from gptq_fn_kernels import Problem
-
-out = Console()
 
 
 @dataclass(frozen=True)

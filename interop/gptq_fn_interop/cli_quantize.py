@@ -173,7 +173,7 @@ def quantize(
     if report.rounded:
         out.print(f"{len(report.rounded)} of them saw fewer than {config.min_rows} calibration tokens and were rounded to nearest.")
     if page and first():
-        out.print(f"{write_page(read_report(destination), destination / PAGE)}: open it in a browser.", highlight=False, markup=False)
+        out.print(f"{write_page(read_report(destination), destination / PAGE)}: open it in a browser.", highlight=False)
     if engine:
         from gptq_fn_interop.inspection import inspect
 
@@ -208,7 +208,7 @@ def say(engine: str, found: Any, name: str) -> None:
     if reasons := refusals(engine, found):
         out.print(f"{engine} does not load {name}:", highlight=False)
         for reason in reasons:
-            out.print(f"- {reason}", highlight=False, markup=False)
+            out.print(f"- {reason}", highlight=False)
         sys.exit(1)
     out.print(f"{engine} loads {name}, as far as the quantization is concerned.", highlight=False)
     if note := caution(engine, found):

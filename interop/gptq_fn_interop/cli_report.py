@@ -28,6 +28,6 @@ def report(
     """
     told = read_report(directory, evaluations)
     drawn = () if figures is None else draw_figures(told, figures, form)
-    out.print(f"{write_page(told, to or directory / PAGE)}: open it in a browser.", highlight=False, markup=False)
+    out.print(f"{write_page(told, to or directory / PAGE)}: open it in a browser.", highlight=False)
     for path in drawn:
-        out.print(str(path), highlight=False, markup=False)
+        out.print(str(path), highlight=False)

@@ -1,17 +1,20 @@
 """What the commands print to: results, problems and progress."""
 
+import _thread
 import inspect
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from threading import Timer
+from typing import Any, TypeVar
 
 from docstring_parser import parse_from_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-out = Console()
-problems = Console(stderr=True)
+out = Console(markup=False)  # for paths may have brackets
+problems = Console(stderr=True, markup=False)
 
 Command = TypeVar("Command", bound=Callable[..., None] | type)
 
@@ -28,6 +31,25 @@ def flowing(command: Command) -> Command:
         told = told.replace("\nArgs:\n", f"\nArgs:\n    {field.arg_name}: {' '.join((field.description or '').split())}\n")
     command.__doc__ = re.sub(r'\n {8,}(?!")', " ", told)
     return command
+
+
+@contextmanager
+def insisting() -> Iterator[None]:
+    """An interrupt that Python ignores, since it runs a finalizer or a callback of the garbage collector just then, comes again."""
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if not issubclass(found.exc_type, KeyboardInterrupt):
+            return before(found)
+        again = Timer(0.1, _thread.interrupt_main)  # when the finalizer is done
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager

@@ -126,10 +126,13 @@ def _write(path: Path, kinds: Mapping[str, tuple[tuple[int, ...], str]], tensor_
 
 
 def _put(file: Any, content: bytes | memoryview) -> None:
-    """Write all of it: Linux takes 2 GiB at a time."""
+    """Write all of it: Linux takes 2 GiB at a time. Raises OSError, with the file's name."""
     left = memoryview(content)
     while len(left):
-        left = left[file.write(left) :]
+        try:
+            left = left[file.write(left) :]
+        except OSError as error:  # tells no file
+            raise OSError(error.errno, error.strerror, str(file.name)) from error
 
 
 def _bytes(array: np.ndarray) -> memoryview:
