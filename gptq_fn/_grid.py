@@ -56,8 +56,11 @@ def find_grid(
 
     "minmax" covers the row's range and zero. "mse" shrinks that range by the factor that makes the sum of squared rounding
     errors least, those of column j counted `weight[j]` times; where `negative`, its scales may be so. Scales are values of
-    float16.
+    float16. Raises ValueError for another method: the searches of `solve` that are not here are "hid", which is "mse" with
+    a weight, and "loop".
     """
+    if method not in ("minmax", "mse"):
+        raise ValueError(f"method must be minmax or mse, got {method!r}; 'hid' is mse with weight=1 / diag(upper)**2.")
     if method == "minmax":
         return _grid_over(*_range(w, sym), bits, sym)
     copies = _IN_CACHE // len(w)

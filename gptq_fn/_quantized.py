@@ -25,8 +25,8 @@ class QuantizedLinear:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight."""
-        out, inputs = self.codes.shape
+        """(out, in) of the weight, or of each expert's."""
+        out, inputs = self.codes.shape[-2:]
         return out, inputs
 
     def with_bias(self, bias: Float[Array, " out"] | None) -> "QuantizedLinear":
@@ -36,15 +36,19 @@ class QuantizedLinear:
     def problems(self) -> tuple[str, ...]:
         """What is wrong with these arrays, in sentences; empty for a valid linear. Reads values: not for use under jit."""
         found = []
-        out, groups = self.scale.shape
-        if self.zero.shape != self.scale.shape or self.codes.shape[0] != out:
+        *rows, groups = self.scale.shape
+        *codes_rows, inputs = self.codes.shape
+        if self.zero.shape != self.scale.shape or codes_rows != rows:
             found.append(f"codes {self.codes.shape}, scale {self.scale.shape} and zero {self.zero.shape} do not belong together.")
-        if self.group_of.shape != self.codes.shape[1:]:
-            found.append(f"group_of has shape {self.group_of.shape} but there are {self.codes.shape[1]} inputs.")
+        if self.group_of.shape != (*rows[:-1], inputs):
+            found.append(f"group_of has shape {self.group_of.shape} but there are {inputs} inputs.")
         elif self.group_of.size and not 0 <= int(self.group_of.min()) <= int(self.group_of.max()) < groups:
             found.append(f"group_of reaches from {self.group_of.min()} to {self.group_of.max()} but there are {groups} groups.")
-        if self.codes.size and int(self.codes.max()) >= 2**self.bits:
-            found.append(f"the largest code is {self.codes.max()}, which does not fit {self.bits} bits.")
+        for name, a in (("code", self.codes), ("zero point", self.zero)):
+            if a.size and int(a.max()) >= 2**self.bits:
+                found.append(f"the largest {name} is {a.max()}, which does not fit {self.bits} bits.")
+        if self.bias is not None and self.bias.shape != tuple(codes_rows):
+            found.append(f"the bias has shape {self.bias.shape} but codes {self.codes.shape}.")
         if not bool(jnp.isfinite(self.scale).all()):
             found.append("a scale is not finite.")
         return tuple(found)
