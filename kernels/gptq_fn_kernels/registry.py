@@ -98,7 +98,8 @@ def alone(prepared: Prepared) -> Prepared | None:
     """The same without the checkpoint's codes, which `codes_of` makes again, or None where they are needed."""
     if prepared.backend.restored is None or prepared.backend.gradient is None:
         return None
-    room = torch.empty_like(prepared.packed.qweight, device="meta")
+    with torch.inference_mode(False):
+        room = torch.empty_like(prepared.packed.qweight, device="meta")
     return replace(prepared, packed=replace(prepared.packed, qweight=room))
 
 
