@@ -5,6 +5,7 @@ import gc
 import io
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_the_codes_are_let_go(scheme: Scheme) -> None:
     layer(X)
     gc.collect()
     assert kept() is None
-    assert layer._buffers["qweight"].is_meta
+    assert layer._buffers["qweight"].numel() == 0
     first = weakref.ref(layer._derived.prepared[torch.float32].form.words)
     layer.bfloat16()
     gc.collect()
@@ -48,7 +49,7 @@ def test_the_codes_are_let_go(scheme: Scheme) -> None:
 def test_the_reference_keeps_them() -> None:
     layer = layer_of(SCHEMES[0], tensors_of(SCHEMES[0], 0))
     layer(X.double())
-    assert not layer._buffers["qweight"].is_meta
+    assert layer._buffers["qweight"].numel() > 0
 
 
 def multiplies(dtype: torch.dtype) -> Callable[[QuantLinear, dict, Scheme], QuantLinear]:
@@ -134,14 +135,26 @@ def test_whatever_is_done_to_it(scheme: Scheme, acts: list[Callable[..., Any]]) 
         assert torch.equal(layer(X), fresh(X))
 
 
-def test_a_copy_of_another_layer_has_no_values() -> None:
-    """Of its buffers, that is, instead of its state dict."""
+def test_buffers_of_another_layer_are_not_its_codes() -> None:
+    """Its state dict has them."""
     layer, other = (layer_of(SCHEMES[0], tensors_of(SCHEMES[0], seed)) for seed in (0, 1))
     other(X)
     layer._buffers |= other._buffers
-    with pytest.raises(ValueError, match="no values yet: its tensors are on the meta device"):
+    with pytest.raises(ValueError, match=r"qweight is \(0,\) but must be \(12, 64\)"):
         layer(X)
 
 
 def test_backends_that_tell_codes_have_a_gradient() -> None:
     assert all(backend.gradient for backend in BACKENDS if backend.restored)
+
+
+def test_a_layer_that_has_multiplied_goes_into_ddp(tmp_path: Path) -> None:
+    """It sends all buffers to the other processes, here to none."""
+    layer = layer_of(SCHEMES[0], tensors_of(SCHEMES[0], 0))
+    model = nn.Sequential(layer, nn.Linear(SHAPE[1], 4))
+    expected = model(X)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'found'}", rank=0, world_size=1)
+    try:
+        assert torch.equal(nn.parallel.DistributedDataParallel(model)(X), expected)
+    finally:
+        torch.distributed.destroy_process_group()

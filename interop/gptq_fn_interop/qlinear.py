@@ -27,7 +27,7 @@ class _Derived:
     packed: Packed
     prepared: dict[torch.dtype, Prepared] = field(default_factory=dict)
     keeper: Prepared | None = None
-    """Who has the codes where `qweight` is on the meta device."""
+    """Who has the codes where `qweight` is empty."""
 
 
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,8 +43,8 @@ def _untraced(method: Any) -> Any:
 class QuantLinear(nn.Linear):
     """y = x W^T + b with W quantized. The state dict is the checkpoint's: qweight, qzeros, scales, g_idx and bias, unchanged.
 
-    Once a kernel has the codes in a layout of its own, the layer keeps that alone: among its buffers qweight is then on the meta
-    device. The attribute, the state dict, copies and moves have its values, made again each time.
+    Once a kernel has the codes in a layout of its own, the layer keeps that alone: among its buffers qweight is empty then. The
+    attribute, the state dict, copies and moves have its values, made again each time.
 
     It is an `nn.Linear` with a `weight`, which is what PEFT and transformers look for; that weight is dequantized at each
     access, and writing to it or assigning another raises ValueError. Scales are a parameter, so that the layer has one,
@@ -146,19 +146,23 @@ class QuantLinear(nn.Linear):
 
     def _give_up(self, derived: _Derived, dtype: torch.dtype, found: Prepared) -> _Derived:
         """Holds the weight that was prepared for `dtype`, and no longer the codes where that has them."""
-        if (keeper := derived.keeper or alone(found)) is None:
+        if derived.keeper is not None:
+            derived.prepared[dtype] = replace(found, packed=derived.packed)
+        elif (keeper := alone(found)) is None:
             derived.prepared[dtype] = found
-            return derived
-        packed = keeper.packed
-        prepared = {kind: replace(each, packed=packed) for kind, each in {**derived.prepared, dtype: found}.items()}
-        self._buffers["qweight"] = packed.qweight
-        self._derived = replace(derived, qweight=packed.qweight, packed=packed, prepared=prepared, keeper=keeper)
-        return self._derived
+        else:
+            prepared = {kind: replace(each, packed=keeper.packed) for kind, each in derived.prepared.items()}
+            with torch.inference_mode(False):
+                empty = derived.qweight.new_empty(0)  # not on the meta device: some move or send a module's buffers
+            derived = replace(derived, qweight=empty, packed=keeper.packed, prepared={**prepared, dtype: keeper}, keeper=keeper)
+            self._buffers["qweight"], self._derived = empty, derived
+        return derived
 
     def _take_back(self) -> None:
-        """Holds the codes again, and nothing that follows from them."""
+        """Holds the codes again, where the empty buffer is now, and nothing that follows from them."""
         if self._derived is not None:
-            self._buffers["qweight"] = self.qweight
+            held, codes = self._buffers["qweight"], self.qweight
+            self._buffers["qweight"] = codes if held is None else codes.to(held.device)
             self.__dict__["_derived"] = None
 
     @_untraced
@@ -173,7 +177,7 @@ class QuantLinear(nn.Linear):
 
     def _pack(self) -> Packed:
         qweight, qzeros, scales, g_idx = self._tensors()
-        if qzeros.is_meta or qweight.is_meta:
+        if qzeros.is_meta:
             raise ValueError(f"{self} has no values yet: its tensors are on the meta device. Load a checkpoint into it first.")
         stored = zeros_of(to_numpy(qzeros), self.bits, self.out_features, self.scheme)
         if stored == "v1_carry":
@@ -182,8 +186,6 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         def watched(tensor: torch.Tensor) -> torch.Tensor:
-            if self._derived is not None and tensor is self._derived.qweight and self._derived.keeper is not None:
-                return tensor  # scales, which come first, stayed where they are
             result = fn(tensor)
             if result is not tensor:
                 self._take_back()  # a parameter that is cast or moved stays the same object
