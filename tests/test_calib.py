@@ -101,7 +101,7 @@ def test_a_tokenizer_that_was_saved_with_truncation_and_padding_cuts_and_pads_no
 
 def test_pipes_are_read_as_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    writing = threading.Thread(target=(tmp_path / "pipe").write_text, args=("words",))
+    writing = threading.Thread(target=(tmp_path / "pipe").write_text, args=("words",), daemon=True)
     writing.start()
     assert [*documents(str(tmp_path / "pipe"))] == ["words"]
     writing.join()
