@@ -95,7 +95,7 @@ class QuantLinear(nn.Linear):
         """The dequantized weight [out, in] in the scales' dtype: a new tensor to read at each access, on the meta device while loading."""
         if self.loading:
             return torch.empty(self.out_features, self.in_features, dtype=self.scales.dtype, device="meta")
-        weight = dequantize(self.packed, self.scales.dtype)
+        weight = dequantize(self._derive(None).packed, self.scales.dtype, self.qweight)
         # torch.compile does not trace the subclass, and nothing initializes or merges adapters in compiled code.
         return weight if torch.compiler.is_compiling() else weight.as_subclass(DequantizedWeight)
 

@@ -33,9 +33,9 @@ def gradient(grad: torch.Tensor, packed: Packed) -> torch.Tensor:
     return call(grad, packed.qweight, packed.zeros, packed.scales, packed.g_idx, packed.bits)
 
 
-def dequantize(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight [n, k], rounded once from float32 (or float64, where `dtype` is that)."""
-    return _unpacked(packed.qweight, packed.zeros, packed.scales, packed.g_idx, packed.bits, dtype)
+def dequantize(packed: Packed, dtype: torch.dtype = torch.float32, qweight: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight [n, k], rounded once from float32 (or float64, where `dtype` is that); of this qweight where one is given."""
+    return _unpacked(packed.qweight if qweight is None else qweight, packed.zeros, packed.scales, packed.g_idx, packed.bits, dtype)
 
 
 def _unpacked(

@@ -96,9 +96,8 @@ def prepare(packed: Packed) -> Vectors:
 
 def restored(form: Vectors) -> torch.Tensor:
     """The qweight that it was prepared from."""
-    per, flat = 32 // form.bits, form.inputs.view(-1)
-    places = torch.empty(form.k, dtype=torch.long)
-    places[flat[flat < form.k].long()] = (flat < form.k).nonzero()[:, 0]
+    per = 32 // form.bits
+    places = form.inputs.view(-1).argsort()[: form.k]  # those without an input come last
 
     def block(words: torch.Tensor) -> torch.Tensor:
         codes = torch.stack([words >> i * form.bits & 2**form.bits - 1 for i in range(per)], 1)

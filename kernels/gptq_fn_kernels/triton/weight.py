@@ -67,10 +67,7 @@ def restored(weight: TritonWeight) -> torch.Tensor:
 
 def from_slots(words: torch.Tensor, high: torch.Tensor | None, gather: torch.Tensor | None, bits: int, k: int) -> torch.Tensor:
     """The qweight from which `held_of` made these words."""
-    slots = torch.arange(k, device=words.device)
-    if gather is not None:
-        inputs = gather[gather < k].long()
-        slots[inputs] = (gather < k).nonzero()[:, 0]
+    slots = torch.arange(k, device=words.device) if gather is None else gather.argsort()[:k]  # those without an input come last
     parts = []
     for start in range(0, words.shape[1], step := max(_BLOCK // (words.shape[0] * chunk_of(bits)), 1)):
         outs = slice(start, start + step)
