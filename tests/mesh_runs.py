@@ -7,6 +7,7 @@ import json
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("NPROC", "16")  # threads of XLA: where there are fewer than devices, these may wait for each other for ever
 
 from collections.abc import Iterator
 from dataclasses import replace
