@@ -86,7 +86,7 @@ def test_names_are_told_as_they_are_whatever_the_terminal_takes(
 ) -> None:
     shutil.copytree(quantized, tmp_path / "model[v2]")
     main(["inspect", str(tmp_path / "model[v2]"), "--for", "transformers"])
-    assert "model[v2], as far as" in " ".join(capsys.readouterr().out.split())
+    assert "model[v2],asfaras" in "".join(capsys.readouterr().out.split())  # long paths are broken anywhere
     with TextIOWrapper(BytesIO(), "ascii") as narrow, monkeypatch.context() as patch:
         patch.setattr("sys.stdout", narrow)
         main(["eval", str(source), "--samples", "2", "--length", "16"])  # its result holds a plus-minus sign
@@ -101,7 +101,7 @@ def test_what_the_system_refuses_is_told_with_the_file(source: Path, tmp_path: P
         said = failure(capsys, "quantize", str(source), str(tmp_path / "q"), "--group-size", "32", *SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.fullmatch(r"(Quantizing.*)?gptq-fn: .*/\.q\.unfinished/.*\.safetensors: File too large\.", said)
+    assert re.fullmatch(r"(Quantizing.*)?gptq-fn:.*/\.q\.unfinished/.*\.safetensors:Filetoolarge\.", "".join(said.split()))
     assert not list(tmp_path.iterdir())
 
 
