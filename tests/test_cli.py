@@ -17,6 +17,7 @@ from gptq_fn_interop.cli_quantize import parse_rule
 from gptq_fn_interop.console import insisting
 from gptq_fn_kernels import Problem, choose, explain
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_llama
 
 from gptq_fn import QuantConfig
@@ -103,6 +104,17 @@ def test_what_the_system_refuses_is_told_with_the_file(source: Path, tmp_path: P
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert re.fullmatch(r"(Quantizing.*)?gptq-fn:.*/\.q\.unfinished/.*\.safetensors:Filetoolarge\.", "".join(said.split()))
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite_have_no_perplexity(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(source, tmp_path / "model")
+    file = next((tmp_path / "model").glob("*.safetensors"))
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if "down_proj" in name)[0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    said = failure(capsys, "eval", str(tmp_path / "model"), "--samples", "2", "--length", "16", "--json", str(tmp_path / "figures.json"))
+    assert "the log likelihood of the text is nan. Its weights are not finite" in said
+    assert not (tmp_path / "figures.json").exists()
 
 
 def test_an_interrupt_that_a_finalizer_swallows_comes_again() -> None:

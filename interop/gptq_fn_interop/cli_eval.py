@@ -130,6 +130,8 @@ def _text(
         for row in evaluation.score(model, windows, other):
             rows.append(row)
             nll, _ = evaluation.mean([row.nll for row in rows])
+            if not np.isfinite(nll):
+                raise ValueError(f"{name}: the log likelihood of the text is {-nll}. Its weights are not finite, or activations leave the range of their type.")
             advance(len(rows), len(windows), f"Evaluating windows: perplexity {np.exp(nll):.3f}")
     found = evaluation.summary(rows)
     table = Table("measure", "value", title=f"{name} on {found.tokens} tokens of {data}")
