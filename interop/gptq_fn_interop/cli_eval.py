@@ -131,7 +131,8 @@ def _text(
             rows.append(row)
             nll, _ = evaluation.mean([row.nll for row in rows])
             if not np.isfinite(nll):
-                raise ValueError(f"{name}: the log likelihood of the text is {-nll}. Its weights are not finite, or activations leave the range of their type.")
+                reason = "Its weights are not finite, or activations leave the range of their type."
+                raise ValueError(f"{name}: the log likelihood of the text is {-nll}. {reason}")
             advance(len(rows), len(windows), f"Evaluating windows: perplexity {np.exp(nll):.3f}")
     found = evaluation.summary(rows)
     table = Table("measure", "value", title=f"{name} on {found.tokens} tokens of {data}")
