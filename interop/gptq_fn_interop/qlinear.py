@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from gptq_fn_kernels import Packed, Prepared, alone, codes_of, dequantize, multiply, prepare
+from gptq_fn_kernels import Packed, Prepared, dequantize, multiply, prepare
+from gptq_fn_kernels.registry import codes_of, without_codes
 from torch import nn
 
 from gptq_fn_interop.gptq_format import TENSORS, zeros_of
@@ -148,7 +149,7 @@ class QuantLinear(nn.Linear):
         """Holds the weight that was prepared for `dtype`, and no longer the codes where that has them."""
         if derived.keeper is not None:
             derived.prepared[dtype] = replace(found, packed=derived.packed)
-        elif (keeper := alone(found)) is None:
+        elif (keeper := without_codes(found)) is None:
             derived.prepared[dtype] = found
         else:
             prepared = {kind: replace(each, packed=keeper.packed) for kind, each in derived.prepared.items()}

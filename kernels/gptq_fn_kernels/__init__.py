@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptq_fn_kernels.problem import Packed, Problem, problem_of
     from gptq_fn_kernels.reference import dequantize
-    from gptq_fn_kernels.registry import BACKENDS, Backend, Prepared, alone, choose, codes_of, explain, matmul, multiply, prepare
+    from gptq_fn_kernels.registry import BACKENDS, Backend, Prepared, choose, explain, matmul, multiply, prepare
 
 __all__ = [
     "BACKENDS",
@@ -17,9 +17,7 @@ __all__ = [
     "Packed",
     "Prepared",
     "Problem",
-    "alone",
     "choose",
-    "codes_of",
     "dequantize",
     "explain",
     "matmul",
@@ -31,7 +29,7 @@ __all__ = [
 _HOMES = {
     "problem": ("Packed", "Problem", "problem_of"),
     "reference": ("dequantize",),
-    "registry": ("BACKENDS", "Backend", "Prepared", "alone", "choose", "codes_of", "explain", "matmul", "multiply", "prepare"),
+    "registry": ("BACKENDS", "Backend", "Prepared", "choose", "explain", "matmul", "multiply", "prepare"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

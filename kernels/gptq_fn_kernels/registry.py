@@ -74,7 +74,7 @@ class Prepared:
 
     backend: Backend
     packed: Packed
-    """Its qweight may be on the meta device, where `form` is what has the codes: see `alone`."""
+    """Its qweight may be on the meta device, where `form` is what has the codes: see `without_codes`."""
     form: Any
     k: int
     """The number of inputs; asked at each call, so it is at hand."""
@@ -94,8 +94,8 @@ def prepare(packed: Packed, dtype: torch.dtype, backend: str | None = None, back
     return prepared
 
 
-def alone(prepared: Prepared) -> Prepared | None:
-    """The same without the checkpoint's codes, which `codes_of` makes again, or None where they are needed."""
+def without_codes(prepared: Prepared) -> Prepared | None:
+    """The same, whose `packed` has its qweight on the meta device, for `codes_of` makes it again; None where the backend needs it."""
     if prepared.backend.restored is None or prepared.backend.gradient is None:
         return None
     with torch.inference_mode(False):
@@ -104,7 +104,7 @@ def alone(prepared: Prepared) -> Prepared | None:
 
 
 def codes_of(prepared: Prepared) -> torch.Tensor:
-    """The qweight that it was prepared from: kept, or made anew."""
+    """int32 [k * bits / 32, n]: the qweight that it was prepared from, kept or made anew, on the device of the form."""
     if not prepared.packed.qweight.is_meta:
         return prepared.packed.qweight
     assert prepared.backend.restored is not None

@@ -17,7 +17,7 @@ NOTHING = ("griddepcontrol", "fence", "membar", "setmaxnreg", "wgmma.fence")
 
 
 def compiled(each: Instruction, program: Program) -> Execute:
-    """Raises NotImplementedError for an instruction that the kernels did not have."""
+    """What the instruction does. Raises NotImplementedError, with its text, for one that no kernel has had so far."""
     for start, make in _MAKERS.items():
         if each.op.startswith(start):
             return make(each, program)
@@ -436,7 +436,7 @@ def _wgmma(each: Instruction, program: Program) -> Execute:
                     look()
 
         return wait
-    kind, n = each.op.split(".")[-1], int(re.search(r"m64n(\d+)k16", each.op)[1])  # type: ignore[index]
+    kind, n = each.op.split(".")[-1], int(re.findall(r"m64n(\d+)k16", each.op)[0])
     names = pieces(each.operands[0])
     a = [_value(part, program, "u32") for part in pieces(each.operands[1])]
     descriptor = _value(each.operands[2], program, "u64")
