@@ -297,7 +297,7 @@ def test_a_captured_graph_computes_new_inputs(scheme: Scheme, dtype: torch.dtype
             layer(x)  # prepares, and compiles kernels
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
+        with torch.no_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             y = layer(x)
         layer.to("cuda")  # is there already, so what the graph reads stays
         garbage = [torch.full((1 << 16,), torch.nan, device="cuda") for _ in range(64)]

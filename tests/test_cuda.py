@@ -192,7 +192,7 @@ def test_streams_graphs_and_empty_batches(m: int) -> None:
     graphs = []
     for _ in range(2):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             captured = [backend.matmul(x, weight) for _ in range(3)]
         graphs.append((graph, captured))
     x.copy_(torch.randn_like(x))

@@ -49,7 +49,7 @@ def _captured(calls: Sequence[Call], device: str, rounds: int) -> tuple[Callable
     """What makes `rounds` runs through the calls, and where it leaves the outputs of the first."""
     if torch.device(device).type == "cuda":
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = [call() for call in calls]
             for call in list(calls) * (rounds - 1):
                 call()
