@@ -8,7 +8,7 @@ the rate of a large dense product, whichever takes longer; both rates are measur
 weight, whose scales fit both 16-bit types, in memory of its own for each of so many calls that the L2 cache holds none. The calls
 are captured in one CUDA graph, replays are timed with events, of all contenders in turns. Before that every output is filled with NaN and
 compared with float64: "error" is the largest relative error in the row, and "spread" the largest (max - min) / median.
-gemlite, GPTQModel, Marlin and torch's own int4 kernel take part where they are there. On a CPU the same runs without graphs.
+gemlite, GPTQModel, Marlin, Machete and torch's own int4 kernel take part where they are there. On a CPU the same runs without graphs.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportMissingImports=false, reportOperatorIssue=false
@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -205,6 +206,37 @@ _MARLIN: dict[torch.Tensor, torch.nn.Module] = {}
 """The last weight, packed."""
 
 
+def machete(w: Weight) -> Multiply | str:
+    """vLLM's Machete, with the one of its schedules that is the fastest here at each M."""
+    (n, k), dtype = w.codes.shape, w.scales.dtype
+    if w.codes.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0) or not importlib.util.find_spec("vllm"):
+        return "needs a GPU of compute capability 9.0 and `pip install vllm`"
+    from vllm import _custom_ops as ops
+    from vllm.scalar_type import scalar_types
+
+    kind = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}.get(w.bits)
+    schedules = ops.machete_supported_schedules(dtype, kind, dtype) if kind else []
+    if not schedules or w.group not in (64, 128, k) or k % 64 or n % 128:
+        return "multiplies 16-bit floats with 4 or 8 bits in groups of 64, 128 or one a row, in shapes that 64 and 128 divide"
+    weight, scales = ops.machete_prepack_B(w.packed.qweight.T.contiguous().T, dtype, kind, dtype), w.scales.T.contiguous()
+
+    def call(x: torch.Tensor, weight: torch.Tensor, schedule: str) -> torch.Tensor:
+        return ops.machete_mm(x, weight, kind, b_group_scales=scales, b_group_size=w.group, schedule=schedule)
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        if (key := (n, k, w.bits, w.group, dtype, len(x))) not in _SCHEDULES:
+            weights = [weight.clone() for _ in range(copies_of(w.bytes(), "cuda"))]
+            times = in_turns({s: stopwatch([partial(call, x, v, s) for v in weights], "cuda") for s in schedules}, 0)
+            _SCHEDULES[key] = min(times, key=lambda s: times[s]["median"])
+        return call(x, weight, _SCHEDULES[key])
+
+    return multiply
+
+
+_SCHEDULES: dict[tuple, str] = {}
+"""Machete's fastest at a shape and M."""
+
+
 CONTENDERS = (
     Contender("dense (cuBLAS)", dense, dense=True),
     Contender("dequantize + dense", dequantize_first),
@@ -212,6 +244,7 @@ CONTENDERS = (
     Contender("gemlite", gemlite),
     Contender("GPTQModel Triton", gptqmodel),
     Contender("Marlin", marlin),
+    Contender("Machete", machete),
     *map(ours, BACKENDS),
 )
 
