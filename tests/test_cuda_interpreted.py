@@ -8,7 +8,7 @@ import pytest
 import torch
 from gptq_fn_kernels.cuda import backend
 from gptq_fn_kernels.cuda import compile as compiler
-from gptq_fn_kernels.cuda.plan import PLANS, Plan, Stream, multistages
+from gptq_fn_kernels.cuda.plan import PLANS, TILES, Plan, Stream, multistages
 from gptq_fn_kernels.triton.layout import chunk_of, unpack_words
 from ptx.machine import Machine
 from test_triton import relative
@@ -17,12 +17,13 @@ pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason=f"the com
 
 ERRORS = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Of a product that is rounded to them once."""
-HOPPER = [plan for plan in PLANS if isinstance(plan, Stream) or plan.parts in (1, 2 + PLANS.index(plan) // 6 % 5)]
-"""Of every tile: one block that has all inputs, a cluster that shares them, and blocks that share all tiles."""
+HOPPER = [plan for plan in PLANS if isinstance(plan, Stream) or plan.parts in (1, 2 + TILES.index(plan.tile) % 5)]
+"""Of every tile: one block that has all inputs, a cluster that shares them, and blocks that make whole tiles or share them."""
 
 FEW = next(plan for plan in PLANS if plan.tile.rows == 8 and plan.parts == 3)
 MANY = next(plan for plan in PLANS if plan.tile.rows == 128 and plan.parts == 2)
-SHARED = next(plan for plan in PLANS if isinstance(plan, Stream))
+SHARED = next(plan for plan in PLANS if isinstance(plan, Stream) and not plan.whole)
+WHOLE = next(plan for plan in PLANS if isinstance(plan, Stream) and plan.whole)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def drawn(gpu: Machine, m: int, n: int, k: int, seed: int, **given: int) -> Prod
 def fitting(plan: Plan, gpu: Machine, seed: int, **given: int) -> Product:
     """With about as many rows as the plan's tile has, and some tiles of outputs."""
     draw = np.random.default_rng(seed)
-    tile, gpu.seed, gpu.resident = plan.tile, seed, int(draw.integers(1, 10))
+    tile, gpu.seed, gpu.resident, gpu.processors = plan.tile, seed, int(draw.integers(1, 10)), int(draw.integers(1, 5))
     m = int(draw.choice((max(1, tile.rows - 5), tile.rows, tile.rows + 3)))
     return drawn(gpu, m, 8 * int(draw.integers(1, tile.outputs // 4)), 8 * int(draw.integers(2, 70)), seed, **given)
 
@@ -129,7 +130,7 @@ def test_slots_without_an_input_are_zero(gpu: Machine) -> None:
 
 # That the interpreter sees what is wrong
 
-RAISED = "if (threadIdx.x % 128 == 0) wait_raised(flags + other * ABREAST + group);"
+RAISED = "if (threadIdx.x % 128 == 0) wait_raised(flags + block * ABREAST + group);"
 FAULTS = {
     "reads what has not come": (FEW, "by_warp.cuh", "    ring.wait_full(i);\n", ""),
     "writes over what is read": (MANY, "split.cu", "                ring.wait_empty(i);\n", ""),
@@ -137,6 +138,13 @@ FAULTS = {
     "adds up what has not been sent": (FEW, "sent.cuh", "    wait(barrier, 0);\n", ""),
     "ends while others read its sums": (MANY, "fetched.cuh", "arrive_in_cluster();", ""),
     "adds up what has not been left": (SHARED, "stream.cu", RAISED, ""),
+    "writes over a tile that leaves": (
+        WHOLE,
+        "stream.cu",
+        "        if (place < 0) return;\n        wait();\n",
+        "        if (place < 0) return;\n",
+    ),
+    "ends before its last tile has left": (SHARED, "stream.cu", "        leaving.wait();\n", ""),
     "waits for bytes that nobody sends": (FEW, "sent.cuh", "(me.holders() - 1) * lanes", "me.holders() * lanes"),
     "reads behind the weight": (FEW, "hopper.cuh", "const u32 outs = min(OUTS, n - out0);", "const u32 outs = OUTS;"),
     "takes another zero point": (MANY, "bits.cuh", "0x64086408 : 0x64806480", "0x64096409 : 0x64816481"),
@@ -148,7 +156,7 @@ def test_a_kernel_that_is_wrong_is_found(what: str, gpu: Machine, tmp_path: Path
     plan, file, old, new = FAULTS[what]
     gpu.change(tmp_path, file, old, new)
     for seed in range(6):
-        product = drawn(gpu, plan.tile.rows, plan.tile.outputs + 8, 1600, seed)
+        product = drawn(gpu, plan.tile.rows + 1, plan.tile.outputs + 8, 1600, seed)
         gpu.seed = seed
         try:
             if not product.error(product.by(plan, gpu)) < ERRORS[product.x.dtype]:

@@ -369,6 +369,12 @@ def _cluster_barrier(each: Instruction, program: Program) -> Execute:
     return execute
 
 
+def _shuffle(each: Instruction, program: Program) -> Execute:
+    assert each.op == "shfl.sync.idx.b32"
+    value, lane = (_value(operand, program, "u32") for operand in each.operands[1:3])
+    return lambda warp, active: warp.put(each.operands[0].split("|")[0], value(warp)[lane(warp) % 32], active)
+
+
 def _mapa(each: Instruction, program: Program) -> Execute:
     address, rank = (_value(operand, program, "u32") for operand in each.operands[1:])
     return lambda warp, active: warp.put(each.operands[0], address(warp) | (rank(warp) + np.uint32(1)) << np.uint32(PEER), active)
@@ -468,6 +474,7 @@ _MAKERS: dict[str, Callable[[Instruction, Program], Execute]] = {
     "mbarrier.": _mbarrier,
     "bar.": _bar,
     "barrier.cluster": _cluster_barrier,
+    "shfl": _shuffle,
     "mapa": _mapa,
     "ldmatrix": _ldmatrix,
     "stmatrix": _stmatrix,

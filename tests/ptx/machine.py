@@ -40,7 +40,7 @@ class Machine(TorchDispatchMode):
 
     def __init__(self, patch: pytest.MonkeyPatch, arch: str, processors: int) -> None:
         super().__init__()
-        self.memory, self.sources, self.seed, self.resident = Memory(), HERE, 0, 8
+        self.memory, self.sources, self.seed, self.resident, self.processors = Memory(), HERE, 0, 8, processors
         self.flags = torch.zeros(512, dtype=torch.int32)
         self.add("flags", self.flags)
         given: dict[str, Any] = {
@@ -48,7 +48,7 @@ class Machine(TorchDispatchMode):
             "Launch": self._launch,
             "TensorMap": TensorMap,
             "_arch": lambda device: arch,
-            "_processors": lambda device: processors,
+            "_processors": lambda device: self.processors,
             "_overlaps": lambda device: True,
             "_flags": lambda device, stream: self.flags,
         }

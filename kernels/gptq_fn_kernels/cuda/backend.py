@@ -191,9 +191,12 @@ def _product_by(plan: Plan, *signature: Any) -> Product:
     maps = {0: TensorMap(dtype, (m, k), (2 * stride,), (tile.rows, 64), swizzle=128)}
     high, wide = -(-m // tile.rows), -(-n // tile.outputs)
     if isinstance(plan, Stream):
-        blocks = min(_processors(device), high * wide * chunks)
-        launch = Launch(kernel, (blocks,), (tile.threads,), 9, overlap=True, maps=maps)
-        return Product(launch, (m, n, chunks), n, (blocks, tile.rows, tile.outputs))
+        blocks, shared = plan.blocks(m, n, chunks, _processors(device)), plan.shared(m, n, _processors(device))
+        maps[3] = TensorMap(dtype, (m, n), (2 * n,), (tile.rows, 64), swizzle=128)
+        launch = Launch(kernel, (blocks,), (tile.threads,), 10, overlap=True, maps=maps)
+        if not shared:  # nobody leaves anything to others
+            return Product(launch, (0, 0, m, n, chunks, 0), n, None)
+        return Product(launch, (m, n, chunks, shared), n, (blocks, tile.rows, tile.outputs))
     launch = Launch(kernel, (high, wide, plan.parts), (tile.threads,), 7, cluster=(1, 1, plan.parts), overlap=True, maps=maps)
     return Product(launch, (m, n, chunks), n, None)
 

@@ -42,6 +42,12 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int input
                  : "memory");
 }
 
+// Of a tensor, what of a box lies within it. Belongs to the thread's next group of copies.
+__device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int output, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(output), "r"(row), "r"(from)
+                 : "memory");
+}
+
 // The ring of a block: activations and weights of STAGES chunks, with a barrier for having come and one for having been read.
 struct Ring {
     u32 inputs, weights, full, empty;
@@ -96,7 +102,16 @@ struct Ring {
     __device__ __forceinline__ void release(int i) const {
         if (threadIdx.x % 32 == 0) arrive(empty_of(i));
     }
+
+    // By one thread for the four warps of its warpgroup.
+    __device__ __forceinline__ void release_four(int i) const {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 4;" ::"r"(empty_of(i)) : "memory");
+    }
 };
+
+// Whether a thread is of a warp that copies. Shuffled, for the compiler to see that no warp parts there: else it takes what a warp's
+// threads have in common, such as where the matrix units read, to differ, and moves it to where it must not for every instruction.
+__device__ __forceinline__ bool copies() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) >= CONSUMERS; }
 
 // A block of LARGE starts with as many registers for each warpgroup, of which all but the one that copies want more.
 __device__ __forceinline__ void give_registers() {

@@ -27,10 +27,15 @@ __device__ __forceinline__ void write_row(u32 held, int row, int out0, u16* y, i
     if (row < m && out < n) *(uint4*)(y + (long long)row * n + out) = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
-// Writes all of a warpgroup's sums of 64 outputs. They take 128 bytes for each row from `held` on, a multiple of 1,024.
-__device__ __forceinline__ void write_out(const float (&sums)[ROWS / 2], u32 held, int row0, int out0, u16* y, int m, int n) {
+// The same for all of a warpgroup's sums of 64 outputs.
+__device__ __forceinline__ void hold_all(const float (&sums)[ROWS / 2], u32 held) {
 #pragma unroll
     for (int j = 0; j < ROWS / 8; ++j) hold(sums + j * 4, held + j * HELD_BYTES);
+}
+
+// Writes them.
+__device__ __forceinline__ void write_out(const float (&sums)[ROWS / 2], u32 held, int row0, int out0, u16* y, int m, int n) {
+    hold_all(sums, held);
     warpgroup_barrier();
 #pragma unroll 4
     for (int row = threadIdx.x % 128 / 8; row < ROWS; row += 16) write_row(held + row / 8 * HELD_BYTES, row0 + row, out0, y, m, n);

@@ -1,10 +1,10 @@
 """Which of the kernels multiplies so many rows on which GPU, and what a block of it makes.
 
 On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the
-one whose blocks share all chunks evenly (stream.cu) as long as a block's chunks and what it reads of others' sums. The microseconds
-were fitted to 1000 products on an H100 (kernels/NOTES.md), of which what is chosen by them takes 1 % more than the best; those of
-blocks of up to 64 rows to 1080 later ones (1.2 %), of 96 and 160 rows, of three warpgroups abreast, and of tiles that are written at
-once to 80. On other GPUs one kernel multiplies (multistage.cu), with the fewest rows to a block that hold all.
+one whose blocks make tiles, or share their chunks evenly (stream.cu), as long as a block's chunks and what it reads of others' sums.
+The microseconds were fitted on an H100 (kernels/NOTES.md) to 1080 products of up to 64 rows and to 177 of 96 to 8192; what is chosen
+by them took 1.2 and .3 % more than the best. On other GPUs one kernel multiplies (multistage.cu), with the fewest rows to a block that
+hold all.
 """
 
 import re
@@ -25,9 +25,6 @@ _SHARED_AT_LEAST = 102_400
 
 _MOST_STAGES = 16
 
-_MOST_ROWS = 2048
-"""For more the weight is dequantized once and cuBLAS multiplies."""
-
 FEWEST = 16
 """Rows up to which a warp's matrix instruction is faster than a warpgroup's, which takes as long for 8 rows as for 64."""
 
@@ -40,11 +37,12 @@ PARTS = (1, 2, 3, 4, 5, 6)
 _CHUNK_READ = 66 / 3.1e6
 """Microseconds in which a chunk of an output comes from memory."""
 
-_MANY = 128
-"""Rows of which a block may have fewer than there are."""
+_MANY = 96
+"""Rows of which a block may have fewer than there are, and from which on blocks share tiles."""
 
 _MOST_ROWS_ELSEWHERE = 256
-"""As `_MOST_ROWS`, without Hopper's instructions: about where the matrix units instead of memory begin to set the time. Not measured."""
+"""Without Hopper's instructions the weight is dequantized once for more, and cuBLAS multiplies: about where the matrix units instead of
+memory begin to set the time. Not measured."""
 
 
 @dataclass(frozen=True)
@@ -133,18 +131,18 @@ TILES = (
     Tile(32, 1, 2, 2, 0.87),
     Tile(64, 1, 1, 1, 0.59),
     Tile(64, 1, 2, 2, 0.61),
-    Tile(96, 1, 1, 1, 0.80),
-    Tile(96, 1, 2, 1, 0.66),
-    Tile(128, 1, 1, 1, 0.92),
-    Tile(128, 1, 2, 1, 0.79),
-    Tile(128, 1, 3, 1, 1.15),
-    Tile(128, 2, 1, 1, 1.58),
-    Tile(128, 2, 2, 1, 1.53),
-    Tile(160, 1, 1, 1, 1.25),
-    Tile(160, 1, 2, 1, 0.92),
-    Tile(192, 1, 1, 1, 1.35),
-    Tile(192, 1, 2, 1, 1.09),
-    Tile(256, 1, 2, 1, 1.47),
+    Tile(96, 1, 1, 1, 0.95),
+    Tile(96, 1, 2, 1, 0.70),
+    Tile(128, 1, 1, 1, 1.07),
+    Tile(128, 1, 2, 1, 0.82),
+    Tile(128, 1, 3, 1, 1.24),
+    Tile(128, 2, 1, 1, 1.75),
+    Tile(128, 2, 2, 1, 1.69),
+    Tile(160, 1, 1, 1, 1.39),
+    Tile(160, 1, 2, 1, 1.01),
+    Tile(192, 1, 1, 1, 1.52),
+    Tile(192, 1, 2, 1, 1.22),
+    Tile(256, 1, 2, 1, 1.62),
 )
 
 
@@ -160,7 +158,7 @@ class Split:
         blocks = ceil(m / self.tile.rows) * ceil(n / self.tile.outputs) * self.parts
         waves = ceil(blocks / (processors * self.tile.blocks * self._placed))
         steps = ceil(ceil(chunks / self.parts) / self.tile.turns)
-        slower = 1.09 if waves > 2 else 1.0  # a GPU that is busy for long takes its clock back
+        slower = 1.09 if waves > 2 and self.tile.rows <= SENT else 1.0  # a GPU that is busy for long takes its clock back
         work = max(slower * waves * steps * self.tile.chunk, n * chunks * _CHUNK_READ)
         return 0.7 + slower * waves * self._ends + work
 
@@ -178,22 +176,37 @@ class Split:
         """What adding up the parts takes."""
         if self.tile.rows <= SENT:
             return (0.233 + 0.0078 * self.tile.rows) * self.parts
-        # Whoever has all parts writes at once.
-        return 0.0 if self.parts * self.tile.turns == 1 else 2.15 + 0.22 * self.parts
+        return 3.2 + 0.77 * self.parts
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One block a multiprocessor, between which all chunks of all tiles are shared evenly."""
+    """One block a multiprocessor, which makes one tile after the other: all of them whole, or those of the last rounds shared evenly."""
 
     tile: Tile
+    whole: bool
+
+    def blocks(self, m: int, n: int, chunks: int, processors: int) -> int:
+        """As many as have something to do."""
+        shared = self.shared(m, n, processors)
+        return min(processors, shared * chunks if shared else self._tiles(m, n))
+
+    def shared(self, m: int, n: int, processors: int) -> int:
+        """Tiles that are shared: the last full round of one for each block and what is left behind it, so that each has one to two."""
+        tiles = self._tiles(m, n)
+        return 0 if self.whole else tiles - max(tiles // processors - 1, 0) * processors
 
     def microseconds(self, m: int, n: int, chunks: int, processors: int) -> float:
         """As of `Split`."""
-        tiles = ceil(m / self.tile.rows) * ceil(n / self.tile.outputs)
-        share = tiles * chunks / processors
-        steps = 1.06 * ceil(share) + 2 * ceil(tiles / processors)  # writing a tile takes as long as two chunks
-        return 2.1 + steps * self.tile.chunk + 0.95 * ceil(chunks / share)
+        shared = self.shared(m, n, processors)
+        steps = 0.93 * ceil((self._tiles(m, n) - shared) / processors) * chunks
+        if not shared:
+            return 2.94 + steps * self.tile.chunk
+        share = shared * chunks / processors
+        return 2.94 + (steps + 0.98 * ceil(share)) * self.tile.chunk + 1.92 * ceil(chunks / share)
+
+    def _tiles(self, m: int, n: int) -> int:
+        return ceil(m / self.tile.rows) * ceil(n / self.tile.outputs)
 
 
 @dataclass(frozen=True)
@@ -210,9 +223,11 @@ class Multistage:
 
 Plan = Split | Stream | Multistage
 
+_STREAMED = tuple(tile for tile in TILES if tile.rows >= _MANY and tile.turns == 1)
+
 PLANS: tuple[Split | Stream, ...] = (
-    *(Split(tile, parts) for tile in TILES for parts in PARTS),
-    *(Stream(tile) for tile in TILES if tile.rows >= _MANY and tile.turns == 1),
+    *(Split(tile, parts) for tile in TILES for parts in PARTS if parts > 1 or tile not in _STREAMED),
+    *(Stream(tile, whole) for tile in _STREAMED for whole in (True, False)),
 )
 
 
@@ -245,9 +260,7 @@ def _elsewhere(m: int, arch: str) -> Plan | None:
     return next((plan for plan in plans if plan.tile.rows >= m), plans[-1])
 
 
-def _on_hopper(m: int, n: int, chunks: int, processors: int) -> Plan | None:
-    if m > _MOST_ROWS:
-        return None
+def _on_hopper(m: int, n: int, chunks: int, processors: int) -> Plan:
     fewest = min((tile.rows for tile in TILES if tile.rows >= m), default=_MANY)
     fitting = [plan for plan in PLANS if plan.tile.rows == fewest or plan.tile.rows >= _MANY <= m]
     return min(fitting, key=lambda plan: plan.microseconds(m, n, chunks, processors))

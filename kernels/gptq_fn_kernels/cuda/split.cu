@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const bool alone = me.holders() == 1;
     const int first = chunks * me.rank / me.blocks, count = chunks * (me.rank + 1) / me.blocks - first;
 
-    if (threadIdx.x >= 32 * CONSUMERS) {
+    if (copies()) {
         give_registers();
         if (threadIdx.x == 32 * CONSUMERS) {
             // Weights do not come from the kernel before this one, so they need not wait for it.

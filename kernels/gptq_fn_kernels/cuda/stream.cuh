@@ -1,4 +1,4 @@
-// What the kernels have in common whose blocks share all chunks of all tiles of y evenly (stream-K).
+// What the kernels have in common whose blocks share chunks of tiles of y evenly (stream-K).
 //
 // A block takes a range of them and goes through it from behind, tile by tile. Where its range ends within a tile, that comes
 // first, and it leaves its sums to the next block, whose last tile it is: whoever has a tile's last chunk adds up what the
