@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from gptq_fn_interop.timing import Call, copies_of, stopwatch
 from gptq_fn_kernels import BACKENDS, Backend, Packed, explain, multiply, prepare, problem_of
-from gptq_fn_kernels.words import chunk_of, pack
+from gptq_fn_kernels.words import pack
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 """x [m, k] -> [m, n]"""
@@ -53,12 +53,11 @@ class Weight:
 
     @property
     def packed(self) -> Packed:
-        """As a checkpoint of format v2 stores it, in new memory; a narrow last chunk is filled up with zero points that none reads."""
+        """As a checkpoint of format v2 stores it, in new memory."""
         (n, k), groups = self.codes.shape, self.scales.shape[1]
-        zeros = torch.full((n + -n % chunk_of(self.bits)[0], groups), self.middle, dtype=torch.int32, device=self.codes.device)
-        codes = F.pad(self.codes.T.int(), (0, 0, 0, -k % chunk_of(self.bits)[0]))
-        qweight = pack(codes, self.bits, torch.stack)[: -(-k * self.bits // 32)].contiguous()
-        qzeros = pack(zeros, self.bits, torch.stack)[: -(-n * self.bits // 32)].T.contiguous()
+        zeros = torch.full((n, groups), self.middle, dtype=torch.int32, device=self.codes.device)
+        qweight = pack(self.codes.T.int(), self.bits, torch).contiguous()
+        qzeros = pack(zeros, self.bits, torch).T.contiguous()
         g_idx = torch.arange(k, dtype=torch.int32, device=self.codes.device) // self.group
         return Packed(qweight, qzeros, self.scales.T.contiguous(), g_idx, self.bits, 0)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gptq_fn_kernels.words import chunk_of, pack, unpack, words_of
+from gptq_fn_kernels.words import pack, unpack, words_of
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -116,12 +116,12 @@ def quantize(model: Any, args: argparse.Namespace) -> None:
 def random_tensors(out: int, inputs: int, spread: float, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """What a symmetric checkpoint of format v1 holds of a linear without a bias."""
     bits, device, groups = args.bits, args.device, -(-inputs // args.group_size)
-    zeros = torch.full((out + -out % chunk_of(bits)[0], groups), 2 ** (bits - 1) - 1, dtype=torch.int32, device=device)
+    zeros = torch.full((out, groups), 2 ** (bits - 1) - 1, dtype=torch.int32, device=device)
     signs = 2 * torch.randint(0, 2, (groups, out), device=device) - 1
     scale = spread * 12**0.5 / 2**bits  # the standard deviation of whole numbers below 2^bits is 2^bits / sqrt(12)
     return {
         "qweight": torch.randint(-(2**31), 2**31, (words_of(inputs, bits), out), dtype=torch.int32, device=device),
-        "qzeros": pack(zeros, bits, torch.stack)[: words_of(out, bits)].T.contiguous(),
+        "qzeros": pack(zeros, bits, torch).T.contiguous(),
         # Of either sign: codes are half a step below their zero point on average, which would add up until float16 overflows.
         "scales": (scale * (0.5 + torch.rand(groups, out, device=device)) * signs).to(args.dtype),
         "g_idx": torch.arange(inputs, dtype=torch.int32, device=device) // args.group_size,
@@ -226,7 +226,7 @@ def in_jax_arrays(model: Any) -> tuple[dict[str, Any], gptq_fn.ModelSpec]:
             return {"weight": interop.to_jax(module.weight)}
         packed = module.packed
         return gptq_fn.QuantizedLinear(
-            codes=unpack(interop.to_jax(packed.qweight), packed.bits, packed.k, jnp.stack).T.astype(jnp.uint8),
+            codes=unpack(interop.to_jax(packed.qweight), packed.bits, packed.k, jnp).T.astype(jnp.uint8),
             scale=interop.to_jax(packed.scales.T),
             zero=interop.to_jax(packed.zeros.T.to(torch.uint8)),
             group_of=interop.to_jax(packed.g_idx),

@@ -69,10 +69,10 @@ def test_a_prepared_weight_tells_its_codes(drawn: tuple[Linear, Scheme]) -> None
 def test_words_are_the_bit_stream(bits: int, chunks: int, columns: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, (32 * chunks, columns)).astype(np.int32)
     words = stream(codes, bits)
-    np.testing.assert_array_equal(pack(codes, bits, np.stack), words)
-    np.testing.assert_array_equal(unpack(words, bits, len(codes), np.stack), codes)
-    assert torch.equal(pack(torch.from_numpy(codes), bits, torch.stack), torch.from_numpy(words))
-    assert torch.equal(unpack(torch.from_numpy(words), bits, len(codes), torch.stack), torch.from_numpy(codes))
+    np.testing.assert_array_equal(pack(codes, bits, np), words)
+    np.testing.assert_array_equal(unpack(words, bits, len(codes), np), codes)
+    assert torch.equal(pack(torch.from_numpy(codes), bits, torch), torch.from_numpy(words))
+    assert torch.equal(unpack(torch.from_numpy(words), bits, len(codes), torch), torch.from_numpy(codes))
 
 
 def test_words_are_imported_without_torch() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from gptq_fn_kernels import Packed, Problem, dequantize, multiply, prepare
-from gptq_fn_kernels.words import chunk_of, pack, words_of
+from gptq_fn_kernels.words import pack, words_of
 
 from gptq_fn_interop.inspection import Inspection
 from gptq_fn_interop.timing import copies_of, stopwatch
@@ -42,14 +42,14 @@ def random_weight(problem: Problem, device: str, group_size: int = 128) -> Packe
     """A random weight that poses this problem; `group_size` is that of groups which are not consecutive inputs."""
     bits, k, n, size = problem.bits, problem.k, problem.n, problem.group_size or group_size
     groups, middle = -(-k // size), 2 ** (bits - 1)
-    shape = (n + -n % chunk_of(bits)[0], groups)
+    shape = (n, groups)
     zeros = torch.full(shape, middle) if problem.symmetric else torch.randint(0, 2**bits, shape)
     if not problem.symmetric:
         zeros[0] = 0
     g_idx = (torch.arange(k) if problem.group_size else torch.randperm(k)) // size
     return Packed(
         qweight=torch.randint(-(2**31), 2**31, (words_of(k, bits), n), dtype=torch.int32, device=device),
-        qzeros=pack(zeros.int(), bits, torch.stack)[: words_of(n, bits)].T.contiguous().to(device),
+        qzeros=pack(zeros.int(), bits, torch).T.contiguous().to(device),
         scales=(2 * (0.5 + torch.rand(groups, n)) / (2**bits * math.sqrt(k))).to(device, torch.float16),
         g_idx=g_idx.int().to(device),
         bits=bits,

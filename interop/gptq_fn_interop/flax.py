@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from gptq_fn_kernels.words import chunk_of, pack, unpack
+from gptq_fn_kernels.words import pack, unpack
 from jaxtyping import Array, Float, Int
 
 from gptq_fn import ModelSpec, Quantized, QuantizedLinear, block
@@ -92,8 +92,7 @@ class Words:
 @jax.jit
 def _pack(q: QuantizedLinear) -> Words:
     def words(codes: Array) -> Array:
-        whole = -len(codes) % chunk_of(q.bits)[0]
-        return pack(jnp.pad(codes.astype(jnp.int32), ((0, whole), (0, 0))), q.bits, jnp.stack)
+        return pack(codes.astype(jnp.int32), q.bits, jnp)
 
     if q.codes.ndim > 2:
         return jax.vmap(_pack)(q)
@@ -103,7 +102,7 @@ def _pack(q: QuantizedLinear) -> Words:
 @jax.jit
 def _unpack(w: Words) -> QuantizedLinear:
     def codes(words: Array, count: int) -> Array:
-        return unpack(words, w.bits, len(words) * 32 // w.bits, jnp.stack)[:count].astype(jnp.uint8)
+        return unpack(words, w.bits, count, jnp).astype(jnp.uint8)
 
     if w.qweight.ndim > 2:
         return jax.vmap(_unpack)(w)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gptq_fn_kernels.words import chunk_of, pack, unpack, words_of
+from gptq_fn_kernels.words import pack, unpack, words_of
 
 from gptq_fn import QuantConfig, QuantizedLinear, Report
 
@@ -193,11 +193,7 @@ def _tensors_on_device(linears: Mapping[str, QuantizedLinear], zeros: Zeros) -> 
 def _words(codes: Any, zero: Any, bits: int, zeros: Zeros, xp: Any) -> tuple[Any, Any]:
     """qweight and qzeros of codes [out, in] and zero points [out, groups], in the arrays of `xp`: NumPy or jax.numpy."""
     stored = zero.astype(np.int32) - 1 if zeros == "v1" else zero.astype(np.int32)
-    return _packed(codes.T.astype(np.int32), bits, xp), _packed(stored, bits, xp).T
-
-
-def _packed(codes: Any, bits: int, xp: Any) -> Any:
-    return pack(xp.pad(codes, ((0, -len(codes) % chunk_of(bits)[0]), (0, 0))), bits, xp.stack)
+    return pack(codes.T.astype(np.int32), bits, xp), pack(stored, bits, xp).T
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray], name: str, described: Mapping[str, Any]) -> QuantizedLinear:
@@ -215,7 +211,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], name: str, described: Mappin
     require_groups(name, g_idx, groups)
     zero = zero_points(tensors["qzeros"], bits, out, zeros_of(tensors["qzeros"], bits, out, scheme))
     q = QuantizedLinear(
-        codes=jnp.asarray(unpack(qweight, bits, inputs, np.stack).T.astype(np.uint8)),
+        codes=jnp.asarray(unpack(qweight, bits, inputs, np).T.astype(np.uint8)),
         scale=jnp.asarray(np.ascontiguousarray(scales.T)),
         zero=jnp.asarray(zero.T.astype(np.uint8)),
         group_of=jnp.asarray(g_idx.astype(np.int32)),
@@ -299,7 +295,7 @@ def zeros_of(qzeros: np.ndarray, bits: int, out: int, described: Mapping[str, An
     """
     middle = 2 ** (bits - 1)
     if described.get("sym", True):
-        stored = unpack(qzeros.T, bits, out, np.stack)
+        stored = unpack(qzeros.T, bits, out, np)
         if (stored == middle).all():
             return "v2"
         if (stored == middle - 1).all():
@@ -318,5 +314,5 @@ def zero_points(qzeros: np.ndarray, bits: int, out: int, zeros: Zeros) -> np.nda
     if zeros == "v1_carry":
         ones = sum(1 << shift for shift in range(0, 32, bits))
         qzeros = (qzeros.view(np.uint32) + np.uint32(ones)).view(np.int32)
-    stored = unpack(qzeros.T, bits, out, np.stack).T
+    stored = unpack(qzeros.T, bits, out, np).T
     return (stored + 1) & (2**bits - 1) if zeros == "v1" else stored

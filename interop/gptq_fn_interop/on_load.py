@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gptq_fn_kernels.words import chunk_of, pack, unpack
+from gptq_fn_kernels.words import pack, unpack
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -83,9 +83,8 @@ def _describe(model: Any, request: Request) -> None:
 
 def _version_2(linear: QuantLinear) -> torch.Tensor:
     """The zero points as version 2 stores them, from those of version 1."""
-    zeros = unpack(linear.qzeros.T, linear.bits, linear.out_features, torch.stack) + 1
-    padded = nn.functional.pad(zeros, (0, 0, 0, -len(zeros) % chunk_of(linear.bits)[0]))
-    return pack(padded, linear.bits, torch.stack).T.contiguous()
+    zeros = unpack(linear.qzeros.T, linear.bits, linear.out_features, torch) + 1
+    return pack(zeros, linear.bits, torch).T.contiguous()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from gptq_fn_kernels.words import chunk_of, pack, unpack, words_of
+from gptq_fn_kernels.words import unpack, words_of
 
 BITS = (2, 3, 4, 8)
 
@@ -62,7 +62,7 @@ class Packed:
     @cached_property
     def zeros(self) -> torch.Tensor:
         """int32 [groups, n]: the zero points. A v1 field of all ones stands for zero: nothing stores 2^bits."""
-        stored = unpack(self.qzeros.T, self.bits, self.n, torch.stack).T
+        stored = unpack(self.qzeros.T, self.bits, self.n, torch).T
         return (stored + self.zero_offset) & (2**self.bits - 1)
 
     @cached_property
@@ -82,13 +82,6 @@ class Packed:
         size = int((self.g_idx == self.g_idx[0]).sum())
         regular = torch.arange(self.k, device=self.g_idx.device) // size
         return size if bool((self.g_idx == regular).all()) else None
-
-
-def words_of_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes int32 [k, n] -> the `qweight` of them; what its last word has behind them is 0."""
-    k = len(codes)
-    behind = codes.new_zeros((-k % chunk_of(bits)[0], *codes.shape[1:]))
-    return pack(torch.cat([codes, behind]), bits, torch.stack)[: words_of(k, bits)]
 
 
 @dataclass(frozen=True)

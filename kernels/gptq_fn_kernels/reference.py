@@ -46,7 +46,7 @@ def _unpacked(
 
     def rows(start: int, stop: int) -> torch.Tensor:
         group, words = groups[start:stop], qweight[start * bits // 32 : -(-stop * bits // 32)]
-        return (unpack(words, bits, stop - start, torch.stack) - zeros[group]) * scales[group]
+        return (unpack(words, bits, stop - start, torch) - zeros[group]) * scales[group]
 
     step = max(_BLOCK // n // 32, 1) * 32
     if step >= k or scales.device.type != "cpu" or torch.compiler.is_compiling():  # compilers find blocks of their own

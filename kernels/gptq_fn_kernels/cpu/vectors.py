@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gptq_fn_kernels.problem import Packed, Problem, words_of_codes
+from gptq_fn_kernels.problem import Packed, Problem
+from gptq_fn_kernels.words import pack
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,7 +102,7 @@ def restored(form: Vectors) -> torch.Tensor:
 
     def block(words: torch.Tensor) -> torch.Tensor:
         codes = torch.stack([words >> i * form.bits & 2**form.bits - 1 for i in range(per)], 1)
-        return words_of_codes(codes.view(-1, _BLOCK)[places], form.bits)
+        return pack(codes.view(-1, _BLOCK)[places], form.bits, torch)
 
     return torch.cat([block(words) for words in form.words], 1)[:, : form.n].contiguous()
 

@@ -80,7 +80,7 @@ def _words(codes: jax.Array, zero: jax.Array, inputs: np.ndarray, groups: np.nda
     held = jnp.where((inputs == codes.shape[1])[:, None], zero.T[groups], codes.T.at[inputs].get(mode="clip")).astype(jnp.int32)
     planes, shift = [], 0
     for width in PLANES[bits]:
-        words = pack_words((held >> shift) & (2**width - 1), width, jnp.stack)
+        words = pack_words((held >> shift) & (2**width - 1), width, jnp)
         planes.append(words.reshape(len(inputs) // STEP, -1, held.shape[1]))
         shift += width
     return jnp.concatenate(planes, axis=1)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gptq_fn_kernels.problem import Packed, words_of_codes
+from gptq_fn_kernels.problem import Packed
 from gptq_fn_kernels.slots import slots_of
 from gptq_fn_kernels.triton.layout import FOR_TRITON, FROM_TRITON, SMALLEST_GROUP, chunk_of, largest_group_of, pack_words, unpack_words
-from gptq_fn_kernels.words import unpack
+from gptq_fn_kernels.words import pack, unpack
 
 _BLOCK = 2**24
 """Codes packed at a time: their int32 take 64 MiB."""
@@ -72,7 +72,7 @@ def from_slots(words: torch.Tensor, high: torch.Tensor | None, gather: torch.Ten
     for start in range(0, words.shape[1], step := max(_BLOCK // (words.shape[0] * chunk_of(bits)), 1)):
         outs = slice(start, start + step)
         codes = unpack_words(words[:, outs], None if high is None else high[:, outs], bits, torch.stack)[:, slots]
-        parts.append(words_of_codes(codes.T, bits))
+        parts.append(pack(codes.T, bits, torch))
     return torch.cat(parts, 1)
 
 
@@ -101,7 +101,7 @@ def held_of(packed: Packed, largest: int) -> Held:
     step = max(_BLOCK // len(inputs), 1)
     for start in range(0, packed.n, step):
         outs = slice(start, start + step)
-        codes = unpack(packed.qweight[:, outs], bits, packed.k, torch.stack)[torch.where(empty, 0, inputs)]
+        codes = unpack(packed.qweight[:, outs], bits, packed.k, torch)[torch.where(empty, 0, inputs)]
         # An empty slot holds its group's zero point, so its weight is 0.
         w, h = pack_words(torch.where(empty[:, None], packed.zeros[:, outs][of_slot], codes).T, bits)
         words.append(w)
