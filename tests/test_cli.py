@@ -207,8 +207,9 @@ def test_failures_are_sentences(source: Path, quantized: Path, tmp_path: Path, c
     assert "A rule reads" in failure(capsys, "quantize", str(source), new, "--rule", "down", *SMALL)
     assert "must be positive" in failure(capsys, "quantize", str(source), new, "--rule", "x => group_size=0", *SMALL)
     for pattern in ("model.layer.0", "down_proj", "model.layers.0.mlp.down_proj.weight"):
-        said = failure(capsys, "quantize", str(source), new, "--rule", f"{pattern} => skip", *SMALL)
-        assert f"The rule for '{pattern}' matches no linear" in said
+        for command in (("quantize", str(source), new, *SMALL), ("sweep", str(source), "--hessians", str(tmp_path))):
+            said = failure(capsys, *command, "--rule", f"{pattern} => skip")
+            assert f"The rule for '{pattern}' matches no linear" in said
         assert "as model.layers.0.self_attn.q_proj and lm_head" in said
     assert "no file 'no/such/data'" in failure(capsys, "quantize", str(source), new, "--data", "no/such/data", *SMALL)
     assert "float checkpoint" in failure(capsys, "inspect", str(source))

@@ -86,5 +86,5 @@ def test_meshes_that_do_not_fit_are_refused() -> None:
     for mesh in (jax.make_mesh((1,), ("data",)), jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("rows",))):
         with pytest.raises(ValueError, match="A run's mesh has one axis, 'data', of type Auto"):
             Runtime(mesh=mesh)
-    with pytest.raises(ValueError, match=f"--mesh 99: there are {jax.device_count()} devices"):
+    with pytest.raises(ValueError, match=r"--mesh 99: there (are|is) "):
         processes.join(99)

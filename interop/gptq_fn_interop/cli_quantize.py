@@ -238,7 +238,7 @@ def _described(directory: Path, config: QuantConfig, **means: Any) -> Callable[.
     if Checkpoint(directory).config.get("model_type") not in FAMILIES:
         return None
     _, spec = open_source(directory, config)
-    _require_matching(config.rules, spec)
+    require_matching(config.rules, spec)
 
     def run(calib: Any, config: QuantConfig, destination: Path, progress: Any) -> Report:
         return quantize_checkpoint(directory, destination, calib, config, progress=progress, **means)
@@ -246,7 +246,7 @@ def _described(directory: Path, config: QuantConfig, **means: Any) -> Callable[.
     return run
 
 
-def _require_matching(rules: Sequence[Rule], spec: ModelSpec) -> None:
+def require_matching(rules: Sequence[Rule], spec: ModelSpec) -> None:
     """Raise ValueError for a rule that matches no linear of the model: it is misspelt, or meant for another model."""
     names = [name for i, block in enumerate(spec.blocks) for linear in block.linears for name in spec.names_of(i, linear)]
     names += [head] if (head := dict(spec.tensors).get("head")) else []

@@ -13,7 +13,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from gptq_fn import QuantConfig, Report
-from gptq_fn_interop.cli_quantize import parse_rule
+from gptq_fn_interop.cli_quantize import parse_rule, require_matching
 from gptq_fn_interop.console import flowing, out, progress
 from gptq_fn_interop.staging import require_writable
 
@@ -65,6 +65,7 @@ def sweep(
     """
     from gptq_fn_interop import sweep
     from gptq_fn_interop.hub import local
+    from gptq_fn_interop.stream import open_source
 
     if save is not None and save.suffix not in (".json", ".csv"):
         raise ValueError(f"--out {save}: what is written is JSON or CSV; name a file that ends in .json or .csv.")
@@ -73,8 +74,10 @@ def sweep(
     settings = product(bits, group_size, damp, order)
     bases = [QuantConfig(bits=b, group_size=g, damp=d, order=o, sym=sym, grid=grid) for b, g, d, o in settings]
     configs = [replace(base, rules=tuple(parse_rule(text, base) for text in rule)) for base in bases]
+    directory = local(source)
+    require_matching(configs[0].rules, open_source(directory, configs[0])[1])
     with progress("Solving from Hessians") as advance:
-        reports = sweep.sweep(local(source), hessians, configs, progress=advance)
+        reports = sweep.sweep(directory, hessians, configs, progress=advance)
     out.print(table(reports))
     if save is not None:
         _save(save, reports)

@@ -31,7 +31,8 @@ def join(devices: int | Literal["all"]) -> Mesh:
     found = jax.devices()
     wanted = len(found) if devices == "all" else devices
     if not 0 < wanted <= len(found):
-        raise ValueError(f"--mesh {devices}: there are {len(found)} devices; ask for 1 to {len(found)} of them, or for all.")
+        there = "is one device" if len(found) == 1 else f"are {len(found)} devices; ask for 1 to {len(found)} of them, or for all"
+        raise ValueError(f"--mesh {devices}: there {there}.")
     mesh = data_mesh(found[:wanted])
     if len({device.process_index for device in found[:wanted]}) < jax.process_count():
         raise ValueError(f"--mesh {devices} leaves some of the {jax.process_count()} processes without a device; start fewer of them.")
