@@ -48,14 +48,17 @@ def quantize(
     `params` is {"top": {role: {"weight", "bias"}}, "blocks": [{role: {"weight", "bias"}}]} with weights [out, in], those
     of experts [experts, out, in]; `calib` holds token ids [samples, time], or samples of any lengths. Computation runs
     in the dtype of the embedding, with the means that `runtime` names. Raises ValueError where weights or activations are
-    not finite, for what is no tokens of the model or quantized already, for other blocks than the spec has, and for rules that cannot be
-    followed.
+    not finite, for what is no tokens of the model or quantized already, for other blocks or linears than the spec has, and for rules that
+    cannot be followed.
     """
     config, runtime = config or preset("default"), runtime or Runtime()
     if len(params["blocks"]) != len(spec.blocks):
         raise ValueError(f"The parameters have {len(params['blocks'])} blocks but the spec describes {len(spec.blocks)}.")
     if any(isinstance(leaf, QuantizedLinear) for p in params["blocks"] for leaf in p.values()):
         raise ValueError("These parameters hold linears that are quantized already; quantize the float ones that they were made from.")
+    for i, (block, p) in enumerate(zip(spec.blocks, params["blocks"], strict=True)):
+        if missing := sorted({linear.role for linear in block.linears} - p.keys()):
+            raise ValueError(f"Block {i} of the parameters has no {' and no '.join(missing)}, of which the spec tells.")
     head_plan(spec, config)
     batches, blocks, reports = embed_batches(spec, params["top"], calib, runtime, beside=config.asymmetric), [], []
     for p, found, after in quantize_blocks(spec, params["blocks"], batches, config, runtime=runtime):

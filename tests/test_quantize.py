@@ -391,6 +391,15 @@ def test_parameters_of_another_number_of_blocks_are_refused_before_any_work():
             quantize({**params, "blocks": blocks}, spec, np.ones((1, 2), np.int32), BY_HAND)
 
 
+def test_parameters_without_a_linear_of_the_spec_are_refused_before_any_work():
+    spec = model(GATED, 2)
+    params = random_params(spec)
+    whole, part = params["blocks"]
+    blocks = [whole, {role: leaf for role, leaf in part.items() if role not in ("up", "o")}]
+    with pytest.raises(ValueError, match=r"Block 1 of the parameters has no o and no up, of which the spec tells"):
+        quantize({**params, "blocks": blocks}, spec, np.ones((1, 2), np.int32), BY_HAND)
+
+
 def test_a_weight_too_large_for_a_float16_scale_is_named():
     spec = model(GATED, 1)
     params = random_params(spec)
