@@ -74,9 +74,10 @@ def test_the_product_is_as_accurate_as_a_dense_layers(
     y = multiply(x.T.contiguous().T if strided else x, prepared)
     assert y.dtype == dtype
     assert y.shape == (rows, outputs)
-    exact = x.double() @ weight.T
+    exact, terms = x.double() @ weight.T, x.double().abs() @ weight.T.abs()  # a sum whose terms cancel is as accurate as they are
     dense = relative(torch.nn.functional.linear(x, weight.to(dtype)), exact)
-    assert relative(y, exact) < (5e-7 if dtype == torch.float32 else 1.5 * dense + 1e-3)
+    allowed = 5e-7 + 2e-7 * float(terms.norm() / exact.norm().clamp_min(1e-300)) if dtype == torch.float32 else 1.5 * dense + 1e-3
+    assert relative(y, exact) < allowed
 
 
 @pytest.mark.parametrize("bits", BITS)
