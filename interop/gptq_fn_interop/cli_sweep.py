@@ -75,7 +75,8 @@ def sweep(
     bases = [QuantConfig(bits=b, group_size=g, damp=d, order=o, sym=sym, grid=grid) for b, g, d, o in settings]
     configs = [replace(base, rules=tuple(parse_rule(text, base) for text in rule)) for base in bases]
     directory = local(source)
-    require_matching(configs[0].rules, open_source(directory, configs[0])[1])
+    for config in configs[:1]:  # all have these rules
+        require_matching(config.rules, open_source(directory, config)[1])
     with progress("Solving from Hessians") as advance:
         reports = sweep.sweep(directory, hessians, configs, progress=advance)
     out.print(table(reports))
