@@ -3,8 +3,8 @@
 On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the
 one whose blocks make tiles, or share their chunks evenly (stream.cu), as long as a block's chunks and what it reads of others' sums.
 The microseconds were fitted on an H100 (kernels/NOTES.md) to 1080 products of up to 64 rows and to 177 of 96 to 8192; what is chosen
-by them took 1.2 and .3 % more than the best. On other GPUs one kernel multiplies (multistage.cu), with the fewest rows to a block that
-hold all.
+by them took 1.2 and .3 % more than the best, where it was timed. On other GPUs one kernel multiplies (multistage.cu), with the fewest
+rows to a block that hold all.
 """
 
 import re
