@@ -101,7 +101,7 @@ class Tile(Block):
     def threads(self) -> int:
         """As of `Block`."""
         large = self.rows * self.tiles >= (128 if self.abreast == 3 else 192)
-        return 128 * self.turns * self.abreast + (128 if large else 64)
+        return 128 * self.turns * self.abreast + (128 if large else 32)
 
     @property
     def apart(self) -> int:

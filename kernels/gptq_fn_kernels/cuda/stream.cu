@@ -63,26 +63,26 @@ struct Part {
 // rest of the blocks, side by side, so that all go through the same inputs at a time, which come from L2 then. Nothing of it changes
 // from turn to turn: of what did, the compiler would not see that all threads have the same.
 struct Work {
-    u32 begin = 0, end = 0;      // of the share
-    u32 last = 0, shares = 0;    // the tile in which it ends, and of how many it has chunks
-    u32 tiles, shared, chunks;
+    int begin, end;  // of the share
+    int shares, turns;
 
-    __device__ __forceinline__ Work(u32 tiles, u32 shared, u32 chunks) : tiles(tiles), shared(shared), chunks(chunks) {
-        if (shared == 0) return;
-        begin = bound(blockIdx.x), end = bound(blockIdx.x + 1), last = (end - 1) / chunks, shares = last - begin / chunks + 1;
+    __device__ __forceinline__ Work(int tiles, int shared, int chunks) {
+        const int block = blockIdx.x, blocks = gridDim.x;
+        begin = bound(block, shared, chunks), end = bound(block + 1, shared, chunks);
+        shares = end > begin ? (end - 1) / chunks - begin / chunks + 1 : 0;
+        turns = shares + (tiles - shared - block + blocks - 1) / blocks;
     }
 
     // Where the share of a block begins.
-    __device__ __forceinline__ u32 bound(u32 block) const {
-        const u32 all = shared * chunks;
-        return all / gridDim.x * block + min(block, all % gridDim.x);
+    static __device__ __forceinline__ int bound(int block, int shared, int chunks) {
+        const int blocks = gridDim.x, all = shared * chunks;
+        return all / blocks * block + min(block, all % blocks);
     }
 
-    // Of a tile that there is not, when there are no more.
-    __device__ __forceinline__ Part part_of(u32 turn) const {
-        if (turn >= shares) return {int(shared + blockIdx.x + (turn - shares) * gridDim.x), 0, int(chunks)};
-        const int tile = last - turn, before = tile * chunks;
-        return {tile, max(int(begin) - before, 0), min(int(end) - before, int(chunks))};
+    __device__ __forceinline__ Part part_of(int turn, int shared, int chunks) const {
+        if (turn >= shares) return {shared + (int)blockIdx.x + (turn - shares) * (int)gridDim.x, 0, chunks};
+        const int tile = (end - 1) / chunks - turn;
+        return {tile, max(begin - tile * chunks, 0), min(end - tile * chunks, chunks)};
     }
 };
 
@@ -95,27 +95,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     let_others_start();
     const Work work((m + ROWS - 1) / ROWS * ((n + OUTS - 1) / OUTS), shared, chunks);
 
-    if (const int warp = warp_of(); warp >= CONSUMERS) {
+    if (copies()) {
         give_registers();
-        if (warp == WEIGHTS)
-            for (int turn = 0, i = 0;; ++turn) {
-                const Part part = work.part_of(turn);
-                if (part.tile >= work.tiles) break;
+        if (threadIdx.x == 32 * CONSUMERS) {
+            int early = 0;
+            for (int turn = 0, i = 0; turn < work.turns; ++turn) {
+                const Part part = work.part_of(turn, shared, chunks);
                 const Tile at = tile_of(part.tile, m, n);
-                for (int chunk = part.first; chunk < part.last; ++chunk, ++i) ring.bring_weights(i, words, grid, chunk, at.out0, n);
+                if (turn == 0) {
+                    // Weights do not come from the kernel before this one, so the first ones need not wait for it.
+                    early = min(STAGES, part.last - part.first);
+                    for (int j = 0; j < early; ++j) ring.bring_weights(j, words, grid, part.first + j, at.out0, n);
+                    wait_for_others();
+                }
+                for (int chunk = part.first; chunk < part.last; ++chunk, ++i) {
+                    if (i >= early) {
+                        ring.wait_empty(i);
+                        ring.bring_weights(i, words, grid, chunk, at.out0, n);
+                    }
+                    ring.bring_inputs(i, &x, chunk, at.row0);
+                }
                 if (part.last == chunks)
                     for (const int from = i; i < from + LENT; ++i) ring.lend(i);
-            }
-        if (warp == INPUTS) {
-            prefetch(&x);
-            wait_for_others();
-            for (int turn = 0, i = 0;; ++turn) {
-                const Part part = work.part_of(turn);
-                if (part.tile >= work.tiles) break;
-                const Tile at = tile_of(part.tile, m, n);
-                for (int chunk = part.first; chunk < part.last; ++chunk, ++i) ring.bring_inputs(i, &x, chunk, at.row0);
-                if (turn == 0) prefetch(&y);
-                if (part.last == chunks) i += LENT;
             }
         }
     } else {
@@ -125,9 +126,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int group = threadIdx.x / 128;  // warpgroups go on alone, each with flags of its own
         Sums sums;
         Leaving leaving;
-        for (int turn = 0, i = 0;; ++turn) {
-            const Part part = work.part_of(turn);
-            if (part.tile >= work.tiles) break;
+        for (int turn = 0, i = 0; turn < work.turns; ++turn) {
+            const Part part = work.part_of(turn, shared, chunks);
             clear(sums);
             for (int chunk = part.first; chunk < part.last; ++chunk, ++i) {
                 add_chunk(sums, ring, i, chunk == part.first ? -1 : i - 1, place, magic);
@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (threadIdx.x % 128 == 0) raise(flags + blockIdx.x * ABREAST + group);
             } else {
                 for (int block = blockIdx.x, from = part.first; from > 0;) {
-                    from = work.bound(--block) - part.tile * chunks;
+                    from = Work::bound(--block, shared, chunks) - part.tile * chunks;
                     if (threadIdx.x % 128 == 0) wait_raised(flags + block * ABREAST + group);
                     warpgroup_barrier();
                     add_left(sums, left, block);

@@ -5,16 +5,16 @@
 // blocks before it have left, in order, and writes the tile. So a block waits only for blocks before it, which wait for
 // nothing before they leave their sums: it ends however few blocks run at a time.
 
-constexpr u32 PANEL = 2048 / ROWS;  // blocks of rows that go through the weight together, while their activations stay in L2
+constexpr int PANEL = 2048 / ROWS;  // blocks of rows that go through the weight together, while their activations stay in L2
 
 struct Tile {
     int row0, out0;
 };
 
 __device__ __forceinline__ Tile tile_of(int tile, int m, int n) {
-    const u32 high = (m + ROWS - 1) / ROWS, wide = (n + OUTS - 1) / OUTS;
-    const u32 panel = high > PANEL ? tile / (PANEL * wide) : 0, within = tile - panel * PANEL * wide, rows = min(PANEL, high - panel * PANEL);
-    return {int((panel * PANEL + within % rows) * ROWS), int(within / rows * OUTS)};
+    const int high = (m + ROWS - 1) / ROWS, wide = (n + OUTS - 1) / OUTS;
+    const int panel = tile / (PANEL * wide), within = tile - panel * PANEL * wide, rows = min(PANEL, high - panel * PANEL);
+    return {(panel * PANEL + within % rows) * ROWS, within / rows * OUTS};
 }
 
 // 8 times 8 floats of 16 bits, of which each thread has two neighbours in a row: the same of the transposed.
