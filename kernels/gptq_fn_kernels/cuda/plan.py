@@ -1,16 +1,15 @@
 """Which of the kernels multiplies so many rows on which GPU, and what a block of it makes.
 
-On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, the
-one whose blocks make tiles, or share their chunks evenly (stream.cu), as long as a block's chunks and what it reads of others' sums.
-The microseconds were fitted on an H100 (kernels/NOTES.md) to 1080 products of up to 64 rows and to 177 of 96 to 8192; what is chosen
-by them took 1.2 and .3 % more than the best, where it was timed. On other GPUs one kernel multiplies (multistage.cu), with the fewest
-rows to a block that hold all.
+On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, or as
+reading the weight; the one whose blocks make tiles, or share their chunks evenly (stream.cu), as long as a block's chunks and what it
+reads of others' sums. The microseconds were fitted on an H100 to 656 products of 32 shapes (kernels/NOTES.md). On other GPUs one kernel
+multiplies (multistage.cu), with the fewest rows to a block that hold all.
 """
 
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 
 from gptq_fn_kernels.triton.layout import chunk_of
 
@@ -37,8 +36,17 @@ PARTS = (1, 2, 3, 4, 5, 6)
 _CHUNK_READ = 66 / 3.1e6
 """Microseconds in which a chunk of an output comes from memory."""
 
+_MOST_OF_READ = 1.37
+"""Of its even share of the rate of memory, how much a multiprocessor can have."""
+
+_PLACED = 0.86
+"""Of the multiprocessors, the share that clusters of three blocks and more find free at a time."""
+
+_AGAIN = 1.14
+"""Of the time that several waves of blocks need by themselves, how much they take together."""
+
 _MANY = 96
-"""Rows of which a block may have fewer than there are, and from which on blocks share tiles."""
+"""Rows from which on blocks may share tiles."""
 
 _MOST_ROWS_ELSEWHERE = 256
 """Without Hopper's instructions the weight is dequantized once for more, and cuBLAS multiplies: about where the matrix units instead of
@@ -50,10 +58,10 @@ class Block:
     """What a block makes: `rows` rows times 64 * `tiles` * `abreast` outputs."""
 
     rows: int
-    tiles: int
     abreast: int
     blocks: int
     """Blocks to a multiprocessor."""
+    tiles: int = field(default=1, kw_only=True)
     room: int = field(default=_SHARED, kw_only=True)
     """Bytes of shared memory for the blocks of a multiprocessor."""
 
@@ -100,7 +108,7 @@ class Tile(Block):
     @property
     def threads(self) -> int:
         """As of `Block`."""
-        large = self.rows * self.tiles >= (128 if self.abreast == 3 else 192)
+        large = self.rows >= (128 if self.abreast == 3 else 192)
         return 128 * self.turns * self.abreast + (128 if large else 32)
 
     @property
@@ -117,32 +125,27 @@ class Tile(Block):
         """Bytes of sums, of which the blocks of a cluster send each other eight rows of an output at a time, or fetch rows of a pitch."""
         if self.rows > SENT:
             return self.turns * self.rows * (self.outputs + 4) * 4
-        shares = self.tiles * self.rows // 8
+        shares = self.rows // 8
         return max(parts * -(-shares // parts) for parts in PARTS) * self.turns * 2048 * self.abreast
 
 
 TILES = (
-    Tile(8, 1, 1, 3, 0.97),
-    Tile(8, 1, 2, 2, 0.63),
-    Tile(8, 1, 2, 3, 0.71),
-    Tile(16, 1, 1, 2, 0.68),
-    Tile(16, 1, 2, 2, 0.59),
-    Tile(32, 1, 1, 2, 1.05),
-    Tile(32, 1, 2, 2, 0.87),
-    Tile(64, 1, 1, 1, 0.59),
-    Tile(64, 1, 2, 2, 0.61),
-    Tile(96, 1, 1, 1, 0.95),
-    Tile(96, 1, 2, 1, 0.70),
-    Tile(128, 1, 1, 1, 1.07),
-    Tile(128, 1, 2, 1, 0.82),
-    Tile(128, 1, 3, 1, 1.24),
-    Tile(128, 2, 1, 1, 1.75),
-    Tile(128, 2, 2, 1, 1.69),
-    Tile(160, 1, 1, 1, 1.39),
-    Tile(160, 1, 2, 1, 1.01),
-    Tile(192, 1, 1, 1, 1.52),
-    Tile(192, 1, 2, 1, 1.22),
-    Tile(256, 1, 2, 1, 1.62),
+    Tile(8, 1, 3, 0.724),
+    Tile(8, 2, 2, 0.432),
+    Tile(16, 1, 2, 0.641),
+    Tile(16, 2, 2, 0.583),
+    Tile(32, 1, 2, 0.828),
+    Tile(32, 2, 2, 0.731),
+    Tile(64, 1, 1, 0.694),
+    Tile(64, 2, 2, 0.94),
+    Tile(96, 1, 1, 0.983),
+    Tile(96, 2, 1, 0.695),
+    Tile(128, 1, 1, 1.134),
+    Tile(128, 2, 1, 0.839),
+    Tile(128, 3, 1, 1.326),
+    Tile(160, 2, 1, 1.039),
+    Tile(192, 2, 1, 1.258),
+    Tile(256, 2, 1, 1.631),
 )
 
 
@@ -155,28 +158,22 @@ class Split:
 
     def microseconds(self, m: int, n: int, chunks: int, processors: int) -> float:
         """About how long it takes to multiply m rows of so many chunks of inputs with n outputs."""
-        blocks = ceil(m / self.tile.rows) * ceil(n / self.tile.outputs) * self.parts
-        waves = ceil(blocks / (processors * self.tile.blocks * self._placed))
-        steps = ceil(ceil(chunks / self.parts) / self.tile.turns)
-        slower = 1.09 if waves > 2 and self.tile.rows <= SENT else 1.0  # a GPU that is busy for long takes its clock back
-        work = max(slower * waves * steps * self.tile.chunk, n * chunks * _CHUNK_READ)
-        return 0.7 + slower * waves * self._ends + work
-
-    @property
-    def _placed(self) -> float:
-        """Of the places for blocks, the share that clusters take: those of three and more leave some of a GPU's parts without work."""
-        if self.parts <= 2:
-            return 1.0
-        if self.tile.rows > SENT:
-            return 0.85
-        return 0.87 if self.parts <= 4 else 0.78
+        tile, blocks = self.tile, ceil(m / self.tile.rows) * ceil(n / self.tile.outputs) * self.parts
+        waves = ceil(blocks / (processors * tile.blocks * (_PLACED if self.parts > 2 else 1.0)))
+        if waves > 1 and self.parts > 1:
+            return inf  # run too seldom to be relied on (kernels/NOTES.md, version 15)
+        load = min(ceil(blocks / (processors * waves)), tile.blocks)  # blocks of a multiprocessor at a time
+        work = ceil(ceil(chunks / self.parts) / tile.turns) * tile.chunk
+        read = load * tile.outputs * chunks / self.parts * processors / _MOST_OF_READ * _CHUNK_READ
+        whole = waves * self._ends + max(waves * max(work, read), n * chunks * _CHUNK_READ)
+        return 0.7 + (whole if waves == 1 else whole * _AGAIN)
 
     @property
     def _ends(self) -> float:
         """What adding up the parts takes."""
         if self.tile.rows <= SENT:
-            return (0.233 + 0.0078 * self.tile.rows) * self.parts
-        return 3.2 + 0.77 * self.parts
+            return (0.1023 + 0.0087 * self.tile.rows) * self.parts
+        return 0.494 * self.parts
 
 
 @dataclass(frozen=True)
@@ -201,9 +198,9 @@ class Stream:
         shared = self.shared(m, n, processors)
         steps = 0.93 * ceil((self._tiles(m, n) - shared) / processors) * chunks
         if not shared:
-            return 2.94 + steps * self.tile.chunk
+            return 0.3 + steps * self.tile.chunk
         share = shared * chunks / processors
-        return 2.94 + (steps + 0.98 * ceil(share)) * self.tile.chunk + 1.92 * ceil(chunks / share)
+        return 0.3 + (steps + 1.004 * ceil(share)) * self.tile.chunk + 1.56 * ceil(chunks / share)
 
     def _tiles(self, m: int, n: int) -> int:
         return ceil(m / self.tile.rows) * ceil(n / self.tile.outputs)
@@ -244,7 +241,7 @@ def multistages(arch: str) -> tuple[Multistage, ...]:
         return ()
     room = _SHARED_ELSEWHERE.get(arch, _SHARED_AT_LEAST)
     sizes = ((8, 1, 2), (16, 1, 2), (32, 1, 2), (64, 2, 1))
-    return tuple(Multistage(Block(rows, tiles, 2, blocks, room=room)) for rows, tiles, blocks in sizes)
+    return tuple(Multistage(Block(rows, 2, blocks, tiles=tiles, room=room)) for rows, tiles, blocks in sizes)
 
 
 @cache
@@ -261,6 +258,6 @@ def _elsewhere(m: int, arch: str) -> Plan | None:
 
 
 def _on_hopper(m: int, n: int, chunks: int, processors: int) -> Plan:
-    fewest = min((tile.rows for tile in TILES if tile.rows >= m), default=_MANY)
-    fitting = [plan for plan in PLANS if plan.tile.rows == fewest or plan.tile.rows >= _MANY <= m]
+    fewest = min((tile.rows for tile in TILES if tile.rows >= m), default=0)
+    fitting = [plan for plan in PLANS if plan.tile.rows <= fewest or m > SENT]
     return min(fitting, key=lambda plan: plan.microseconds(m, n, chunks, processors))
