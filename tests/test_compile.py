@@ -389,11 +389,17 @@ def test_compiled_with_cuda_graphs_it_computes_the_same(dtype: torch.dtype) -> N
 
 
 @pytest.mark.gpu
-def test_a_quantized_model_generates_the_same_compiled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", ["transformers", "the user"])
+def test_a_quantized_model_generates_the_same_compiled(who: str, tmp_path: Path) -> None:
     model = load(checkpoint(tmp_path, "llama", Scheme()).directory, device_map="cuda", dtype=torch.float16)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
     eager = model.generate(IDS.cuda(), **options)
-    model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    found = model.generate(IDS.cuda(), cache_implementation="static", disable_compile=True, **options)  # it is compiled already
-    assert relative(found.logits[0], eager.logits[0]) < 0.02
+    if who == "the user":
+        model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+        options["disable_compile"] = True  # it is compiled already
+    # torch 2.11 gives the parts that it cuts a prompt's graph into wrong arguments, for models of floats, too.
+    with torch._inductor.config.patch(graph_partition=False):
+        found = model.generate(IDS.cuda(), cache_implementation="static", **options)
+    for logits, expected in zip(found.logits[:2], eager.logits[:2], strict=True):  # of the prompt, and of a step
+        assert relative(logits, expected) < 0.02
     assert found.sequences.shape == eager.sequences.shape
