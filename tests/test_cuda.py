@@ -7,7 +7,7 @@ import pytest
 import torch
 from gptq_fn_kernels import Packed, dequantize, explain, problem_of
 from gptq_fn_kernels.cuda import backend
-from gptq_fn_kernels.cuda.plan import PLANS, Block, Multistage, Plan, Stream, multistages, plan_of, plans_of
+from gptq_fn_kernels.cuda.plan import PLANS, Block, Multistage, Plan, Split, Stream, multistages, plan_of, plans_of
 from gptq_fn_kernels.cuda.variants import variants
 from gptq_fn_kernels.cuda.weight import CudaWeight, prepare
 from gptq_fn_kernels.triton.layout import chunk_of, unpack_words
@@ -67,8 +67,10 @@ def test_plans_serve_every_size(m: int, n: int, chunks: int, processors: int) ->
     plan = plan_of(m, n, chunks, processors, "sm_90a")
     assert plan is not None
     assert m > 64 or plan.tile.rows < max(2 * m, 16)
+    tiles = -(-m // plan.tile.rows) * -(-n // plan.tile.outputs)
+    if isinstance(plan, Split) and plan.parts > 1:
+        assert tiles * plan.parts <= processors * plan.tile.blocks, "all clusters are there at a time"
     if isinstance(plan, Stream):
-        tiles = -(-m // plan.tile.rows) * -(-n // plan.tile.outputs)
         assert 1 <= plan.blocks(m, n, chunks, processors) <= processors
         assert plan.shared(m, n, processors) in (range(1) if plan.whole else range(min(tiles, processors), min(tiles, 2 * processors) + 1))
     for arch in sorted({*SHARED} - {"sm_90a"}):

@@ -157,7 +157,7 @@ class Split:
     parts: int
 
     def microseconds(self, m: int, n: int, chunks: int, processors: int) -> float:
-        """About how long it takes to multiply m rows of so many chunks of inputs with n outputs."""
+        """About how long it takes to multiply m rows of so many chunks of inputs with n outputs; inf for clusters in several waves."""
         tile, blocks = self.tile, ceil(m / self.tile.rows) * ceil(n / self.tile.outputs) * self.parts
         waves = ceil(blocks / (processors * tile.blocks * (_PLACED if self.parts > 2 else 1.0)))
         if waves > 1 and self.parts > 1:
@@ -258,6 +258,6 @@ def _elsewhere(m: int, arch: str) -> Plan | None:
 
 
 def _on_hopper(m: int, n: int, chunks: int, processors: int) -> Plan:
-    fewest = min((tile.rows for tile in TILES if tile.rows >= m), default=0)
+    fewest = min((tile.rows for tile in TILES if tile.rows >= m), default=0)  # more than these were timed from 80 rows on alone
     fitting = [plan for plan in PLANS if plan.tile.rows <= fewest or m > SENT]
     return min(fitting, key=lambda plan: plan.microseconds(m, n, chunks, processors))
