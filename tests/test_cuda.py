@@ -7,6 +7,7 @@ import pytest
 import torch
 from gptq_fn_kernels import Packed, dequantize, explain, problem_of
 from gptq_fn_kernels.cuda import backend
+from gptq_fn_kernels.cuda.machine import arch_of
 from gptq_fn_kernels.cuda.plan import PLANS, Block, Multistage, Plan, Split, Stream, multistages, plan_of, plans_of
 from gptq_fn_kernels.cuda.variants import variants
 from gptq_fn_kernels.cuda.weight import CudaWeight, prepare
@@ -128,6 +129,19 @@ def test_reasons(capability: tuple[int, int], cuda: str | None, multistage: str 
 # products
 
 
+def same(found: torch.Tensor, y: torch.Tensor, weight: CudaWeight) -> None:
+    """Two products of one input, bit for bit; else says by which plan, and where they differ."""
+    if torch.equal(found, y):
+        return
+    rows, outputs = (found != y).nonzero(as_tuple=True)
+    chunks, n = weight.parts[0].shape[:2]
+    plan = plan_of(len(y), n, chunks, torch.cuda.get_device_properties(y.device).multi_processor_count, arch_of(y.device))
+    raise AssertionError(
+        f"{len(rows)} of {y.numel()} elements differ: {len(y)} rows by {plan}, {weight.bits} bits, {y.dtype}, "
+        f"rows {rows.unique().tolist()[:9]}, outputs {int(outputs.min())} to {int(outputs.max())}, {int(found.isnan().sum())} NaN"
+    )
+
+
 def check(packed: Packed, x: torch.Tensor, prepared: CudaWeight | None = None) -> None:
     weight = prepare(packed) if prepared is None else prepared
     exact = exact_of(x, packed)
@@ -137,12 +151,12 @@ def check(packed: Packed, x: torch.Tensor, prepared: CudaWeight | None = None) -
     dense = dequantize(packed, torch.float64).to(x.dtype)
     tolerance = max(1.2 * relative(x @ dense.T, exact), 1e-6) + 1e-4
     assert relative(y, exact) < tolerance
-    assert torch.equal(backend.matmul(x, weight), y)
+    same(backend.matmul(x, weight), y, weight)
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype, device=x.device)
     wide[..., 1:-2] = x
-    assert torch.equal(backend.matmul(wide[..., 1:-2], weight), y)
+    same(backend.matmul(wide[..., 1:-2], weight), y, weight)
     alike = x[:1].expand(3, -1)
-    assert torch.equal(backend.matmul(alike, weight), backend.matmul(alike.contiguous(), weight))
+    same(backend.matmul(alike, weight), backend.matmul(alike.contiguous(), weight), weight)
     found = backend.gradient(y, weight)
     assert relative(found, y.double() @ dequantize(packed, torch.float64)) < 0.6 * torch.finfo(x.dtype).eps
 
