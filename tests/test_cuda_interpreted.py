@@ -131,10 +131,14 @@ def test_slots_without_an_input_are_zero(gpu: Machine) -> None:
 # That the interpreter sees what is wrong
 
 RAISED = "if (threadIdx.x % 128 == 0) wait_raised(flags + block * ABREAST + group);"
+EMPTY, ALONE = "        wait_empty(i);\n", "        if (!elected()) return;\n"
+
 FAULTS = {
     "reads what has not come": (FEW, "by_warp.cuh", "    ring.wait_full(i);\n", ""),
-    "writes over what is read": (MANY, "split.cu", "                ring.wait_empty(i);\n", ""),
-    "releases what the matrix units read": (MANY, "by_warpgroup.cuh", "            else wgmma_wait<1>();\n", ""),
+    "writes over weights that are read": (MANY, "hopper.cuh", f"{EMPTY}{ALONE}        expect(", f"{ALONE}        expect("),
+    "writes over inputs that are read": (MANY, "hopper.cuh", f"{EMPTY}{ALONE}        for (", f"{ALONE}        for ("),
+    "releases what it is about to read": (FEW, "by_warp.cuh", "ring.release(before)", "ring.release(i)"),
+    "releases what the matrix units read": (MANY, "by_warpgroup.cuh", "        wgmma_wait<1>();\n", ""),
     "adds up what has not been sent": (FEW, "sent.cuh", "    wait(barrier, 0);\n", ""),
     "ends while others read its sums": (MANY, "fetched.cuh", "arrive_in_cluster();", ""),
     "adds up what has not been left": (SHARED, "stream.cu", RAISED, ""),

@@ -12,8 +12,8 @@ from ptx.tiles import box_places, left, operand_places, right, sums_of, words_of
 
 Value = Callable[[Warp], np.ndarray]
 
-NOTHING = ("griddepcontrol", "fence", "membar", "setmaxnreg", "wgmma.fence")
-"""They order what here is in order, or hand out what there is enough of."""
+NOTHING = ("griddepcontrol", "fence", "membar", "prefetch", "setmaxnreg", "wgmma.fence")
+"""They order what here is in order, bring sooner what is here at once, or hand out what there is enough of."""
 
 
 def compiled(each: Instruction, program: Program) -> Execute:
@@ -375,6 +375,12 @@ def _shuffle(each: Instruction, program: Program) -> Execute:
     return lambda warp, active: warp.put(each.operands[0].split("|")[0], value(warp)[lane(warp) % 32], active)
 
 
+def _elect(each: Instruction, program: Program) -> Execute:
+    """Nothing says which lane it is, only that it is always the same."""
+    to = each.operands[0].split("|")[1]
+    return lambda warp, active: warp.put(to, np.arange(32) == 31, active)
+
+
 def _mapa(each: Instruction, program: Program) -> Execute:
     address, rank = (_value(operand, program, "u32") for operand in each.operands[1:])
     return lambda warp, active: warp.put(each.operands[0], address(warp) | (rank(warp) + np.uint32(1)) << np.uint32(PEER), active)
@@ -475,6 +481,7 @@ _MAKERS: dict[str, Callable[[Instruction, Program], Execute]] = {
     "bar.": _bar,
     "barrier.cluster": _cluster_barrier,
     "shfl": _shuffle,
+    "elect": _elect,
     "mapa": _mapa,
     "ldmatrix": _ldmatrix,
     "stmatrix": _stmatrix,

@@ -54,6 +54,8 @@ def meaning(op: str) -> Meaning | None:
         return (lambda a, n: np.where(n < bits, a >> np.minimum(n, bits - 1).astype(a.dtype), rest(a))), (kind, "u32")
     if name == "div":
         return _quotient, (kind, kind)
+    if name == "rem":
+        return (lambda a, b: a - _quotient(a, b) * b), (kind, kind)
     if name == "lop3":
         return _lop3, ("b32",) * 4
     if name == "prmt":

@@ -16,7 +16,7 @@ def code_of(program: Program) -> list[Step]:
     for each in program.instructions:
         target = program.labels[each.operands[0]] if each.op.startswith("bra") else None
         execute = None if target is not None or each.op == "ret" else compiled(each, program)
-        steps.append((each, execute, target, ".aligned" in each.op or each.op.startswith(("bar.", "shfl."))))
+        steps.append((each, execute, target, ".aligned" in each.op or each.op.startswith(("bar.", "elect.", "shfl."))))
     return [*steps, (Instruction("ret", "", False, "ret", ()), None, None, False)]
 
 

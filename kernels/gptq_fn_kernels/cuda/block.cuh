@@ -20,11 +20,9 @@ struct Place {
     }
 };
 
-using Sums = float[TILES][ROWS / 2];
+using Sums = float[TILES * ROWS / 2];
 
 __device__ __forceinline__ void clear(Sums& sums) {
 #pragma unroll
-    for (int t = 0; t < TILES; ++t)
-#pragma unroll
-        for (int j = 0; j < ROWS / 2; ++j) sums[t][j] = 0;
+    for (int j = 0; j < TILES * ROWS / 2; ++j) sums[j] = 0;
 }

@@ -30,13 +30,11 @@ __device__ __forceinline__ void add_up(Sums& sums, const Ring& ring, u32, const 
     const Member me;
     consumers_barrier();  // the ring is free: the sums take its place
 #pragma unroll
-    for (int t = 0; t < TILES; ++t)
-#pragma unroll
-        for (int j = 0; j < ROWS / 2; ++j) {
-            const int column = j / 4 * 8 + place.lane * 2 + j % 2, out = place.row + 64 * t + j / 2 % 2 * 8;
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"(ring.inputs + ((place.part * ROWS + column) * PITCH + out) * 4), "f"(sums[t][j])
-                         : "memory");
-        }
+    for (int j = 0; j < ROWS / 2; ++j) {
+        const int column = j / 4 * 8 + place.lane * 2 + j % 2, out = place.row + j / 2 % 2 * 8;
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(ring.inputs + ((place.part * ROWS + column) * PITCH + out) * 4), "f"(sums[j])
+                     : "memory");
+    }
     publish_in_cluster();
     wait_for_cluster();
     const int live = min(ROWS, m - row0);

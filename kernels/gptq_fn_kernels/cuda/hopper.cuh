@@ -1,7 +1,7 @@
 // What the Hopper kernels share: rings of chunks that TMA fills.
 //
-// Compiled with -D: BITS 4 or 8, GROUP inputs to a scale (16 to a chunk), ROWS 8 to 256 of a block, TILES 1 or 2 of 64
-// outputs for a warpgroup, ABREAST 1 to 3 warpgroups side by side, STAGES of a ring, BLOCKS to a multiprocessor, FEWEST rows
+// Compiled with -D: BITS 4 or 8, GROUP inputs to a scale (16 to a chunk), ROWS 8 to 256 of a block, TILES 1 of 64 outputs
+// for a warpgroup, ABREAST 1 to 3 warpgroups side by side, STAGES of a ring, BLOCKS to a multiprocessor, FEWEST rows
 // for which a warp's matrix instruction is the faster one, SENT rows up to which blocks send each other their sums, BRAIN 1 for
 // activations of bfloat16, SCALES 1 for scales of bfloat16, ZEROS 1 where there are zero points.
 
@@ -10,9 +10,11 @@
 #include "block.cuh"
 
 constexpr int BOXES = CHUNK / 64;                 // 128 bytes of a row of x: what the swizzle spans
-constexpr bool LARGE = ROWS * TILES >= (ABREAST == 3 ? 128 : 192);  // sums take so many registers that the warps that copy give of theirs
-constexpr int THREADS = 32 * CONSUMERS + (LARGE ? 128 : 32);
+constexpr bool LARGE = ROWS >= (ABREAST == 3 ? 128 : 192);  // sums take so many registers that the warps that copy give of theirs
+constexpr int WEIGHTS = CONSUMERS, INPUTS = WEIGHTS + 1;  // the warps that bring them: those of lower numbers multiply
+constexpr int THREADS = 32 * CONSUMERS + (LARGE ? 128 : 64);
 static_assert(STAGES % PARTS == 0, "a stage always belongs to the same warpgroup");
+static_assert(STAGES > PARTS, "a chunk is released when its warpgroup has the next");
 
 struct alignas(64) TensorMap { unsigned long long opaque[16]; };
 
@@ -41,6 +43,17 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int input
                  "l"(map), "r"(input), "r"(row), "r"(barrier)
                  : "memory");
 }
+
+// Whether this is the thread of its warp that does what one does for all, by all of them: what a whole warp goes through takes less than
+// a loop of one thread.
+__device__ __forceinline__ bool elected() {
+    u32 one;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
+    return one;
+}
+
+// Has a map at hand that copies are about to ask for.
+__device__ __forceinline__ void prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // Of a tensor, what of a box lies within it. Belongs to the thread's next group of copies.
 __device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int output, int row) {
@@ -75,13 +88,17 @@ struct Ring {
     __device__ __forceinline__ void bring_weights(int i, const u32* words, const u16* grid, int chunk, int out0, int n) const {
         const u32 outs = min(OUTS, n - out0);
         const long long at = (long long)chunk * n + out0;
+        wait_empty(i);
+        if (!elected()) return;
         expect(full_of(i), X_BYTES + outs * (64 + GRID * 2));
         copy(weights_of(i), words + at * 16, outs * 64, full_of(i));
         copy(weights_of(i) + WORD_BYTES, grid + at * GRID, outs * GRID * 2, full_of(i));
     }
 
-    // The same chunk of rows from row0 on, afterwards.
+    // The same chunk of rows from row0 on, by whoever comes first: its barrier counts bytes that are not yet expected, too.
     __device__ __forceinline__ void bring_inputs(int i, const TensorMap* x, int chunk, int row0) const {
+        wait_empty(i);
+        if (!elected()) return;
         for (int box = 0; box < BOXES; ++box) copy_box(inputs_of(i) + box * ROWS * 128, x, chunk * CHUNK + box * 64, row0, full_of(i));
     }
 
@@ -95,7 +112,7 @@ struct Ring {
     // Leaves the i-th place without a chunk, to whoever multiplies.
     __device__ __forceinline__ void lend(int i) const {
         wait_empty(i);
-        arrive(full_of(i));
+        if (elected()) arrive(full_of(i));
     }
 
     // By every warp that has read it.
@@ -109,9 +126,9 @@ struct Ring {
     }
 };
 
-// Whether a thread is of a warp that copies. Shuffled, for the compiler to see that no warp parts there: else it takes what a warp's
+// The number of a thread's warp. Shuffled, for the compiler to see that no warp parts where it decides: else it takes what a warp's
 // threads have in common, such as where the matrix units read, to differ, and moves it to where it must not for every instruction.
-__device__ __forceinline__ bool copies() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) >= CONSUMERS; }
+__device__ __forceinline__ int warp_of() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
 // A block of LARGE starts with as many registers for each warpgroup, of which all but the one that copies want more.
 __device__ __forceinline__ void give_registers() {

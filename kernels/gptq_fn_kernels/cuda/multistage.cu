@@ -79,7 +79,7 @@ __device__ __forceinline__ void add_chunk(Sums& sums, u32 inputs, const Place& p
 #pragma unroll
             for (int odd = 0; odd < 2; ++odd)
 #pragma unroll
-                for (int t = 0; t < TILES; ++t) mma(&sums[t][j * 4], a[t][odd], b + 2 * odd);
+                for (int t = 0; t < TILES; ++t) mma(sums + t * ROWS / 2 + j * 4, a[t][odd], b + 2 * odd);
         }
         __syncwarp();  // else the compiler loads all activations of a chunk first, more than there are registers
     }

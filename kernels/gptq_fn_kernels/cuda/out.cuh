@@ -28,13 +28,13 @@ __device__ __forceinline__ void write_row(u32 held, int row, int out0, u16* y, i
 }
 
 // The same for all of a warpgroup's sums of 64 outputs.
-__device__ __forceinline__ void hold_all(const float (&sums)[ROWS / 2], u32 held) {
+__device__ __forceinline__ void hold_all(const Sums& sums, u32 held) {
 #pragma unroll
     for (int j = 0; j < ROWS / 8; ++j) hold(sums + j * 4, held + j * HELD_BYTES);
 }
 
 // Writes them.
-__device__ __forceinline__ void write_out(const float (&sums)[ROWS / 2], u32 held, int row0, int out0, u16* y, int m, int n) {
+__device__ __forceinline__ void write_out(const Sums& sums, u32 held, int row0, int out0, u16* y, int m, int n) {
     hold_all(sums, held);
     warpgroup_barrier();
 #pragma unroll 4

@@ -9,7 +9,7 @@ multiplies (multistage.cu), with the fewest rows to a block that hold all.
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from math import ceil, inf, sqrt
+from math import ceil, sqrt
 
 from gptq_fn_kernels.triton.layout import chunk_of
 
@@ -109,7 +109,7 @@ class Tile(Block):
     def threads(self) -> int:
         """As of `Block`."""
         large = self.rows >= (128 if self.abreast == 3 else 192)
-        return 128 * self.turns * self.abreast + (128 if large else 32)
+        return 128 * self.turns * self.abreast + (128 if large else 64)
 
     @property
     def apart(self) -> int:
@@ -138,14 +138,14 @@ TILES = (
     Tile(32, 2, 2, 0.731),
     Tile(64, 1, 1, 0.694),
     Tile(64, 2, 2, 0.94),
-    Tile(96, 1, 1, 0.983),
+    Tile(96, 1, 1, 0.891),
     Tile(96, 2, 1, 0.695),
-    Tile(128, 1, 1, 1.134),
-    Tile(128, 2, 1, 0.839),
-    Tile(128, 3, 1, 1.326),
-    Tile(160, 2, 1, 1.039),
-    Tile(192, 2, 1, 1.258),
-    Tile(256, 2, 1, 1.631),
+    Tile(128, 1, 1, 1.046),
+    Tile(128, 2, 1, 0.848),
+    Tile(128, 3, 1, 1.306),
+    Tile(160, 2, 1, 1.053),
+    Tile(192, 2, 1, 1.257),
+    Tile(256, 2, 1, 1.641),
 )
 
 
@@ -157,11 +157,9 @@ class Split:
     parts: int
 
     def microseconds(self, m: int, n: int, chunks: int, processors: int) -> float:
-        """About how long it takes to multiply m rows of so many chunks of inputs with n outputs; inf for clusters in several waves."""
+        """About how long it takes to multiply m rows of so many chunks of inputs with n outputs."""
         tile, blocks = self.tile, ceil(m / self.tile.rows) * ceil(n / self.tile.outputs) * self.parts
         waves = ceil(blocks / (processors * tile.blocks * (_PLACED if self.parts > 2 else 1.0)))
-        if waves > 1 and self.parts > 1:
-            return inf  # run too seldom to be relied on (kernels/NOTES.md, version 15)
         load = min(ceil(blocks / (processors * waves)), tile.blocks)  # blocks of a multiprocessor at a time
         work = ceil(ceil(chunks / self.parts) / tile.turns) * tile.chunk
         read = load * tile.outputs * chunks / self.parts * processors / _MOST_OF_READ * _CHUNK_READ
@@ -173,7 +171,7 @@ class Split:
         """What adding up the parts takes."""
         if self.tile.rows <= SENT:
             return (0.1023 + 0.0087 * self.tile.rows) * self.parts
-        return 0.494 * self.parts
+        return 0.762 + 0.385 * self.parts
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ class Stream:
         if not shared:
             return 0.3 + steps * self.tile.chunk
         share = shared * chunks / processors
-        return 0.3 + (steps + 1.004 * ceil(share)) * self.tile.chunk + 1.56 * ceil(chunks / share)
+        return 0.3 + (steps + 1.013 * ceil(share)) * self.tile.chunk + 1.87 * ceil(chunks / share)
 
     def _tiles(self, m: int, n: int) -> int:
         return ceil(m / self.tile.rows) * ceil(n / self.tile.outputs)

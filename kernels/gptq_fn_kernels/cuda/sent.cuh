@@ -7,7 +7,7 @@
 #include "cluster.cuh"
 #include "out.cuh"
 
-constexpr int SHARES = TILES * ROWS / 8, SHARE_THREADS = 128 * ABREAST, SHARE_BYTES = 16 * SHARE_THREADS;
+constexpr int SHARES = ROWS / 8, SHARE_THREADS = 128 * ABREAST, SHARE_BYTES = 16 * SHARE_THREADS;
 constexpr bool APART = ROWS <= FEWEST;  // shares have a place beside the ring, else where it was
 
 // Four floats to another block, whose barrier counts them when they are there.
@@ -19,10 +19,8 @@ __device__ __forceinline__ void send(u32 far, u32 far_barrier, const float* v) {
 
 // Of the four threads that share an output of a share, those whose rows there are.
 __device__ __forceinline__ int live_lanes(int share, int row0, int m) {
-    return max(0, min(4, (m - row0 - share % (ROWS / 8) * 8 + 1) / 2));
+    return max(0, min(4, (m - row0 - share % SHARES * 8 + 1) / 2));
 }
-
-__device__ __forceinline__ float* of(Sums& sums, int share) { return &sums[share / (ROWS / 8)][share % (ROWS / 8) * 4]; }
 
 // Whose a share is: the l-th of block `owner`, where it is added up by the warpgroups in turn.
 struct Turn {
@@ -74,7 +72,7 @@ __device__ __forceinline__ void add_up(Sums& sums, const Ring& ring, u32 barrier
 #pragma unroll
     for (int share = 0; share < SHARES; ++share, turn.pass(own))
         if (!turn.is(me.rank, place) && place.lane < live_lanes(share, row0, m))
-            send(there(slot(holder, turn.l) + thread * 16, turn.owner), there(barrier, turn.owner), of(sums, share));
+            send(there(slot(holder, turn.l) + thread * 16, turn.owner), there(barrier, turn.owner), sums + share * 4);
     const int first = me.rank * own, count = min(own, SHARES - first);
     if (count <= 0) return;
     wait(barrier, 0);
@@ -82,7 +80,7 @@ __device__ __forceinline__ void add_up(Sums& sums, const Ring& ring, u32 barrier
 #pragma unroll
     for (int share = 0; share < SHARES; ++share, turn.pass(own)) {
         if (!turn.is(me.rank, place)) continue;
-        float* total = of(sums, share);
+        float* total = sums + share * 4;
 #pragma unroll 4
         for (int other = 0; other < holders - 1; ++other) {
             float v[4];
@@ -94,7 +92,7 @@ __device__ __forceinline__ void add_up(Sums& sums, const Ring& ring, u32 barrier
     }
     warpgroup_barrier();
     for (int l = place.part + threadIdx.x % 128 / 64 * PARTS; l < count; l += 2 * PARTS) {
-        const int t = (first + l) / (ROWS / 8), row = row0 + (first + l) % (ROWS / 8) * 8 + threadIdx.x / 8 % 8;
-        write_row(held + l * SHARE_BYTES, row, out0 + (group * TILES + t) * 64, y, m, n);
+        const int row = row0 + (first + l) % SHARES * 8 + threadIdx.x / 8 % 8;
+        write_row(held + l * SHARE_BYTES, row, out0 + group * 64, y, m, n);
     }
 }

@@ -1,7 +1,7 @@
 // y = x W^T on Hopper for few rows: the blocks of a cluster share the inputs among themselves.
 //
-// A block makes ROWS rows times OUTS outputs of y over its part of the inputs. One warp brings chunks of inputs through a
-// ring; warpgroups hold 64 * TILES outputs each and multiply: two or three ABREAST take the same chunks, one takes every other.
+// A block makes ROWS rows times OUTS outputs of y over its part of the inputs. One warp brings weights through a ring, one
+// inputs; warpgroups hold 64 outputs each and multiply: two or three ABREAST take the same chunks, one takes every other.
 // The parts are added up in order, through the shared memory of the cluster; a block that has all of them writes at once.
 
 #include "hopper.cuh"
@@ -31,19 +31,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const bool alone = me.holders() == 1;
     const int first = chunks * me.rank / me.blocks, count = chunks * (me.rank + 1) / me.blocks - first;
 
-    if (copies()) {
+    if (const int warp = warp_of(); warp >= CONSUMERS) {
         give_registers();
-        if (threadIdx.x == 32 * CONSUMERS) {
-            // Weights do not come from the kernel before this one, so they need not wait for it.
-            const int early = min(STAGES, count);
-            for (int i = 0; i < early; ++i) ring.bring_weights(i, words, grid, first + i, out0, n);
+        if (warp == WEIGHTS)
+            for (int i = 0; i < count; ++i) ring.bring_weights(i, words, grid, first + i, out0, n);
+        if (warp == INPUTS) {
+            prefetch(&x);
             wait_for_others();
-            for (int i = 0; i < early; ++i) ring.bring_inputs(i, &x, first + i, row0);
-            for (int i = early; i < count; ++i) {
-                ring.wait_empty(i);
-                ring.bring_weights(i, words, grid, first + i, out0, n);
-                ring.bring_inputs(i, &x, first + i, row0);
-            }
+            for (int i = 0; i < count; ++i) ring.bring_inputs(i, &x, first + i, row0);
         }
         if (!alone) leave_sums();
     } else {
@@ -59,10 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             return;
         }
         consumers_barrier();  // the ring is free: y goes out through it
-#pragma unroll
-        for (int t = 0; t < TILES; ++t) {
-            const int part = threadIdx.x / 128 * TILES + t;
-            write_out(sums[t], ring.inputs + part * ROWS * 128, row0, out0 + part * 64, y, m, n);
-        }
+        const int group = threadIdx.x / 128;
+        write_out(sums, ring.inputs + group * ROWS * 128, row0, out0 + group * 64, y, m, n);
     }
 }

@@ -10,28 +10,25 @@
 
 static_assert(PARTS == 1, "all warps take the same chunks");
 
-constexpr int LENT = (OUTS / 64 + BOXES - 1) / BOXES;  // places in the ring that a tile of y takes on its way out
+constexpr int LENT = (ABREAST + BOXES - 1) / BOXES;  // places in the ring that a tile of y takes on its way out
 static_assert(LENT < STAGES, "the next tile's chunks come meanwhile");
 
-// Where 64 outputs of a tile are that leaves through the places of the ring from `from` on.
-__device__ __forceinline__ u32 held_of(const Ring& ring, int from, int part) {
-    return ring.inputs_of(from + part / BOXES) + part % BOXES * ROWS * 128;
+// Where the outputs of a warpgroup are of a tile that leaves through the places of the ring from `from` on.
+__device__ __forceinline__ u32 held_of(const Ring& ring, int from, int group) {
+    return ring.inputs_of(from + group / BOXES) + group % BOXES * ROWS * 128;
 }
 
 // Tiles of y on their way out, which TMA reads from shared memory while their warpgroup multiplies again.
 struct Leaving {
     int place = -1;  // in the ring, of the first of what it still reads
 
-    // By a warpgroup that holds sums of the outputs from out0 on in the places from `from` on.
+    // By a warpgroup that holds sums of outputs of a tile, which begins at out0, in the places from `from` on.
     __device__ __forceinline__ void send(const Ring& ring, int from, const TensorMap* y, int row0, int out0, int n) {
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         warpgroup_barrier();
         if (threadIdx.x % 128 == 0) {
-#pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                const int part = threadIdx.x / 128 * TILES + t, out = out0 + part * 64;
-                if (out < n) store_box(y, held_of(ring, from, part), out, row0);
-            }
+            const int group = threadIdx.x / 128, out = out0 + group * 64;
+            if (out < n) store_box(y, held_of(ring, from, group), out, row0);
             asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
         __syncwarp();
@@ -63,26 +60,26 @@ struct Part {
 // rest of the blocks, side by side, so that all go through the same inputs at a time, which come from L2 then. Nothing of it changes
 // from turn to turn: of what did, the compiler would not see that all threads have the same.
 struct Work {
-    int begin, end;  // of the share
-    int shares, turns;
+    u32 begin = 0, end = 0;      // of the share
+    u32 last = 0, shares = 0;    // the tile in which it ends, and of how many it has chunks
+    u32 tiles, shared, chunks;
 
-    __device__ __forceinline__ Work(int tiles, int shared, int chunks) {
-        const int block = blockIdx.x, blocks = gridDim.x;
-        begin = bound(block, shared, chunks), end = bound(block + 1, shared, chunks);
-        shares = end > begin ? (end - 1) / chunks - begin / chunks + 1 : 0;
-        turns = shares + (tiles - shared - block + blocks - 1) / blocks;
+    __device__ __forceinline__ Work(u32 tiles, u32 shared, u32 chunks) : tiles(tiles), shared(shared), chunks(chunks) {
+        if (shared == 0) return;
+        begin = bound(blockIdx.x), end = bound(blockIdx.x + 1), last = (end - 1) / chunks, shares = last - begin / chunks + 1;
     }
 
     // Where the share of a block begins.
-    static __device__ __forceinline__ int bound(int block, int shared, int chunks) {
-        const int blocks = gridDim.x, all = shared * chunks;
-        return all / blocks * block + min(block, all % blocks);
+    __device__ __forceinline__ u32 bound(u32 block) const {
+        const u32 all = shared * chunks;
+        return all / gridDim.x * block + min(block, all % gridDim.x);
     }
 
-    __device__ __forceinline__ Part part_of(int turn, int shared, int chunks) const {
-        if (turn >= shares) return {shared + (int)blockIdx.x + (turn - shares) * (int)gridDim.x, 0, chunks};
-        const int tile = (end - 1) / chunks - turn;
-        return {tile, max(begin - tile * chunks, 0), min(end - tile * chunks, chunks)};
+    // Of a tile that there is not, when there are no more.
+    __device__ __forceinline__ Part part_of(u32 turn) const {
+        if (turn >= shares) return {int(shared + blockIdx.x + (turn - shares) * gridDim.x), 0, int(chunks)};
+        const int tile = last - turn, before = tile * chunks;
+        return {tile, max(int(begin) - before, 0), min(int(end) - before, int(chunks))};
     }
 };
 
@@ -95,28 +92,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     let_others_start();
     const Work work((m + ROWS - 1) / ROWS * ((n + OUTS - 1) / OUTS), shared, chunks);
 
-    if (copies()) {
+    if (const int warp = warp_of(); warp >= CONSUMERS) {
         give_registers();
-        if (threadIdx.x == 32 * CONSUMERS) {
-            int early = 0;
-            for (int turn = 0, i = 0; turn < work.turns; ++turn) {
-                const Part part = work.part_of(turn, shared, chunks);
+        if (warp == WEIGHTS)
+            for (int turn = 0, i = 0;; ++turn) {
+                const Part part = work.part_of(turn);
+                if (part.tile >= work.tiles) break;
                 const Tile at = tile_of(part.tile, m, n);
-                if (turn == 0) {
-                    // Weights do not come from the kernel before this one, so the first ones need not wait for it.
-                    early = min(STAGES, part.last - part.first);
-                    for (int j = 0; j < early; ++j) ring.bring_weights(j, words, grid, part.first + j, at.out0, n);
-                    wait_for_others();
-                }
-                for (int chunk = part.first; chunk < part.last; ++chunk, ++i) {
-                    if (i >= early) {
-                        ring.wait_empty(i);
-                        ring.bring_weights(i, words, grid, chunk, at.out0, n);
-                    }
-                    ring.bring_inputs(i, &x, chunk, at.row0);
-                }
+                for (int chunk = part.first; chunk < part.last; ++chunk, ++i) ring.bring_weights(i, words, grid, chunk, at.out0, n);
                 if (part.last == chunks)
                     for (const int from = i; i < from + LENT; ++i) ring.lend(i);
+            }
+        if (warp == INPUTS) {
+            prefetch(&x);
+            wait_for_others();
+            for (int turn = 0, i = 0;; ++turn) {
+                const Part part = work.part_of(turn);
+                if (part.tile >= work.tiles) break;
+                const Tile at = tile_of(part.tile, m, n);
+                for (int chunk = part.first; chunk < part.last; ++chunk, ++i) ring.bring_inputs(i, &x, chunk, at.row0);
+                if (turn == 0) prefetch(&y);
+                if (part.last == chunks) i += LENT;
             }
         }
     } else {
@@ -126,8 +122,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int group = threadIdx.x / 128;  // warpgroups go on alone, each with flags of its own
         Sums sums;
         Leaving leaving;
-        for (int turn = 0, i = 0; turn < work.turns; ++turn) {
-            const Part part = work.part_of(turn, shared, chunks);
+        for (int turn = 0, i = 0;; ++turn) {
+            const Part part = work.part_of(turn);
+            if (part.tile >= work.tiles) break;
             clear(sums);
             for (int chunk = part.first; chunk < part.last; ++chunk, ++i) {
                 add_chunk(sums, ring, i, chunk == part.first ? -1 : i - 1, place, magic);
@@ -141,17 +138,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 if (threadIdx.x % 128 == 0) raise(flags + blockIdx.x * ABREAST + group);
             } else {
                 for (int block = blockIdx.x, from = part.first; from > 0;) {
-                    from = Work::bound(--block, shared, chunks) - part.tile * chunks;
+                    from = work.bound(--block) - part.tile * chunks;
                     if (threadIdx.x % 128 == 0) wait_raised(flags + block * ABREAST + group);
                     warpgroup_barrier();
                     add_left(sums, left, block);
                 }
-#pragma unroll
-                for (int t = 0; t < TILES; ++t) {
-                    const int outs = group * TILES + t;
-                    ring.wait_full(i + outs / BOXES);
-                    hold_all(sums[t], held_of(ring, i, outs));
-                }
+                ring.wait_full(i + group / BOXES);
+                hold_all(sums, held_of(ring, i, group));
                 const Tile at = tile_of(part.tile, m, n);
                 leaving.send(ring, i, &y, at.row0, at.out0, n);
                 i += LENT;

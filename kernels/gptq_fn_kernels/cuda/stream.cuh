@@ -5,16 +5,16 @@
 // blocks before it have left, in order, and writes the tile. So a block waits only for blocks before it, which wait for
 // nothing before they leave their sums: it ends however few blocks run at a time.
 
-constexpr int PANEL = 2048 / ROWS;  // blocks of rows that go through the weight together, while their activations stay in L2
+constexpr u32 PANEL = 2048 / ROWS;  // blocks of rows that go through the weight together, while their activations stay in L2
 
 struct Tile {
     int row0, out0;
 };
 
 __device__ __forceinline__ Tile tile_of(int tile, int m, int n) {
-    const int high = (m + ROWS - 1) / ROWS, wide = (n + OUTS - 1) / OUTS;
-    const int panel = tile / (PANEL * wide), within = tile - panel * PANEL * wide, rows = min(PANEL, high - panel * PANEL);
-    return {(panel * PANEL + within % rows) * ROWS, within / rows * OUTS};
+    const u32 high = (m + ROWS - 1) / ROWS, wide = (n + OUTS - 1) / OUTS;
+    const u32 panel = high > PANEL ? tile / (PANEL * wide) : 0, within = tile - panel * PANEL * wide, rows = min(PANEL, high - panel * PANEL);
+    return {int((panel * PANEL + within % rows) * ROWS), int(within / rows * OUTS)};
 }
 
 // 8 times 8 floats of 16 bits, of which each thread has two neighbours in a row: the same of the transposed.
@@ -30,7 +30,7 @@ __device__ __forceinline__ void store(const Sums& sums, const Place& place, cons
     for (int t = 0; t < TILES; ++t)
 #pragma unroll
         for (int j = 0; j < ROWS / 2; j += 2) {
-            const u32 pair = transposed(rounded(sums[t][j], sums[t][j + 1]));
+            const u32 pair = transposed(rounded(sums[t * ROWS / 2 + j], sums[t * ROWS / 2 + j + 1]));
             const int row = tile.row0 + j / 4 * 8 + turned, out = tile.out0 + place.row - turned + 64 * t + j / 2 % 2 * 8 + place.lane * 2;
             if (row < m && out < n) *(u32*)(y + (long long)row * n + out) = pair;
         }
@@ -40,21 +40,17 @@ __device__ __forceinline__ void store(const Sums& sums, const Place& place, cons
 __device__ __forceinline__ void leave(const Sums& sums, float4* left, int block) {
     float4* to = left + (long long)block * (ROWS * OUTS / 4) + threadIdx.x;
 #pragma unroll
-    for (int t = 0; t < TILES; ++t)
-#pragma unroll
-        for (int j = 0; j < ROWS / 2; j += 4)
-            to[(t * ROWS / 2 + j) / 4 * 32 * CONSUMERS] = make_float4(sums[t][j], sums[t][j + 1], sums[t][j + 2], sums[t][j + 3]);
+    for (int j = 0; j < TILES * ROWS / 2; j += 4)
+        to[j / 4 * 32 * CONSUMERS] = make_float4(sums[j], sums[j + 1], sums[j + 2], sums[j + 3]);
 }
 
 __device__ __forceinline__ void add_left(Sums& sums, const float4* left, int block) {
     const float4* kept = left + (long long)block * (ROWS * OUTS / 4) + threadIdx.x;
 #pragma unroll
-    for (int t = 0; t < TILES; ++t)
-#pragma unroll
-        for (int j = 0; j < ROWS / 2; j += 4) {
-            const float4 v = __ldcg(kept + (t * ROWS / 2 + j) / 4 * 32 * CONSUMERS);
-            sums[t][j] += v.x, sums[t][j + 1] += v.y, sums[t][j + 2] += v.z, sums[t][j + 3] += v.w;
-        }
+    for (int j = 0; j < TILES * ROWS / 2; j += 4) {
+        const float4 v = __ldcg(kept + j / 4 * 32 * CONSUMERS);
+        sums[j] += v.x, sums[j + 1] += v.y, sums[j + 2] += v.z, sums[j + 3] += v.w;
+    }
 }
 
 // By one thread behind a barrier of all that have left theirs.
