@@ -1,5 +1,8 @@
 """What a GPU computes is what the CPU computes."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,11 +46,18 @@ def damping(h: np.ndarray, damp: float) -> np.ndarray:
 
 
 def test_jax_leaves_the_memory_of_the_gpu_to_torch() -> None:
-    """`gptq_fn_interop` has been imported, so JAX takes what it needs and not three quarters of the GPU."""
-    held = jnp.ones((1024, 1024)) @ jnp.ones((1024, 1024))
-    assert float(held[0, 0]) == 1024
+    """Behind `gptq_fn_interop` JAX takes what it needs and not three quarters of the GPU, of which other processes may hold some."""
+    program = (
+        "import torch, gptq_fn_interop, jax.numpy as jnp\n"
+        "before, total = torch.cuda.mem_get_info()\n"
+        "held = jnp.ones((1024, 1024)) @ jnp.ones((1024, 1024))\n"
+        "assert float(held[0, 0]) == 1024\n"
+        "assert before - torch.cuda.mem_get_info()[0] < 0.2 * total"
+    )
     free, total = torch.cuda.mem_get_info()
-    assert free > 0.8 * total
+    if free < 0.4 * total:
+        pytest.skip("other processes leave too little of the GPU to tell")
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_door_takes_tensors_of_a_gpu() -> None:

@@ -2,7 +2,7 @@
 
 On Hopper the kernel that splits inputs over the blocks of a cluster (split.cu) is taken to last as long as its waves of blocks, or as
 reading the weight; the one whose blocks make tiles, or share their chunks evenly (stream.cu), as long as a block's chunks and what it
-reads of others' sums. The microseconds were fitted on an H100 to 656 products of 32 shapes (kernels/NOTES.md). On other GPUs one kernel
+reads of others' sums. The microseconds were fitted on an H100 to products of 32 shapes (kernels/NOTES.md). On other GPUs one kernel
 multiplies (multistage.cu), with the fewest rows to a block that hold all.
 """
 
