@@ -115,7 +115,7 @@ struct Ring {
         if (elected()) arrive(full_of(i));
     }
 
-    // By every warp that has read it.
+    // By every warp that has used all that it loaded from it: an arrival does not wait for loads.
     __device__ __forceinline__ void release(int i) const {
         if (threadIdx.x % 32 == 0) arrive(empty_of(i));
     }
