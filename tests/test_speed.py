@@ -65,7 +65,7 @@ def test_a_captured_step_gives_the_tokens_of_generate(tmp_path: Path, weights: s
 
 @pytest.mark.gpu
 def test_matmuls_are_checked_while_a_gpu_is_timed(tmp_path: Path) -> None:
-    shape = ["--shapes", "512x256", "--rows", "1", "17", "--bits", "3", "4", "--groups", "64", "0", "--dtypes", "float16", "bfloat16"]
+    shape = ["--shapes", "4096x2048", "--rows", "1", "17", "--bits", "3", "4", "--groups", "64", "0", "--dtypes", "float16", "bfloat16"]
     program("benchmarks/matmul.py")(["--device", "cuda", "--budget", "0.01", "--json", str(tmp_path / "f.json"), *shape])
     for result in json.loads((tmp_path / "f.json").read_text())["results"]:
         measured = {name: row for name, row in result["rows"].items() if "error" in row}

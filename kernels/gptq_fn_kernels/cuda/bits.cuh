@@ -7,33 +7,38 @@ constexpr int FIELDS = 16 / BITS;            // codes in a half of a word
 constexpr int CHUNK = 32 * FIELDS;           // inputs of 16 words
 constexpr int GROUPS = CHUNK / GROUP;
 
-// A code put into the mantissa of a float whose exponent makes it count 1: 1024 + code, or 64 + code four bits higher, or
-// 128 + code in bfloat16. Held where the compiler cannot see the constants: it would take two instructions for and + or.
+// A code put into the mantissa of a float16 whose exponent makes it count 1: 1024 + code, or 64 + code four bits higher.
+// Held where the compiler cannot see the constants: it would take two instructions for and + or.
+//
+// A bfloat16 needs no exponent: where its bits are those of a whole number up to 255, it is that number of 2^-133, its smallest. No factor
+// makes that 1, the largest being 2^127, so levels, weights and sums are counted in units of 64 there.
 struct Magic { u32 low, high; };
 
 __device__ __forceinline__ Magic magic_of() {
     Magic magic;
-    asm volatile("mov.b32 %0, %1;" : "=r"(magic.low) : "n"(BRAIN && BITS == 4 ? 0x43004300 : 0x64006400));
+    asm volatile("mov.b32 %0, %1;" : "=r"(magic.low) : "n"(0x64006400));
     asm volatile("mov.b32 %0, %1;" : "=r"(magic.high) : "n"(0x54005400));
     return magic;
 }
 
-// What one group of an output is multiplied with, twice each: the scale, what its rounding to bfloat16 lost, and 1024, 64
-// or 128 more than the zero point, negative for bfloat16. And the scale as it is.
+constexpr float UNIT = BRAIN ? 64 : 1;
+
+// What one group of an output is multiplied with, twice each: the scale, what its rounding to bfloat16 lost, and what to subtract, which
+// is 1024 and 64 more than the zero point, or to add in bfloat16, in units. And the scale as it is.
 struct Scale { u32 near, lost, low, high; float full; };
 
 __device__ __forceinline__ u32 twice(u32 half) { return __byte_perm(half, 0, 0x1010); }
 
 __device__ __forceinline__ u32 halves_of(float f) {
-    u16 h;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    return twice(h);
+    u32 d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(d) : "f"(f));
+    return d;
 }
 
 __device__ __forceinline__ u32 brains_of(float f) {
-    u16 h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
-    return twice(h);
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(d) : "f"(f));
+    return d;
 }
 
 __device__ __forceinline__ float float_of(u32 half, bool brain) {
@@ -57,23 +62,23 @@ __device__ __forceinline__ void load(float (&to)[4], u32 address) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "r"(address));
 }
 
-// The scale, and with ZEROS the zero point behind it (a whole number in float16), at this address of shared memory.
-__device__ __forceinline__ Scale scale_of(u32 address) {
+// The scale, so many times, and with ZEROS the zero point behind it (a whole number in float16), at this address of shared memory.
+__device__ __forceinline__ Scale scale_of(u32 address, float times = 1) {
     Scale s = {};
     const u32 stored = short_at(address);
-    s.full = float_of(stored, SCALES);
+    s.full = float_of(stored, SCALES) * times;
     if (BRAIN) {
-        s.near = SCALES ? twice(stored) : brains_of(s.full);
+        s.near = SCALES && times == 1 ? twice(stored) : brains_of(s.full);
         if (!SCALES) s.lost = brains_of(s.full - __uint_as_float(s.near << 16));
     } else {
         s.near = SCALES ? halves_of(s.full) : twice(stored);
     }
     if (ZEROS) {
         const float zero = float_of(short_at(address + 2), false);
-        s.low = BRAIN && BITS == 4 ? brains_of(-128 - zero) : halves_of(1024 + zero);
+        s.low = BRAIN ? brains_of(-zero / UNIT) : halves_of(1024 + zero);
         s.high = halves_of(64 + zero);
     } else {
-        s.low = BRAIN && BITS == 4 ? 0xC308C308 : BITS == 4 ? 0x64086408 : 0x64806480;
+        s.low = BRAIN ? (BITS == 4 ? 0xBE00BE00 : 0xC000C000) : BITS == 4 ? 0x64086408 : 0x64806480;
         s.high = 0x54805480;
     }
     return s;
@@ -99,22 +104,17 @@ __device__ __forceinline__ u32 masked(u32 word, u32 magic) {
     return d;
 }
 
-// What two neighbouring inputs have above their zero points: `field` of both halves of a word. Whole numbers up to 255, exact in both types.
+// What two neighbouring inputs have above their zero points, in units: `field` of both halves of a word. Up to 255 levels, exact in both types.
 __device__ __forceinline__ u32 levels_of(u32 word, int field, const Scale& s, const Magic& magic) {
-    if (BRAIN && BITS == 4) return fused(masked<0x000F000F>(word >> (4 * field), magic.low), 0x3F803F80, s.low);
-    if (BITS == 4) {
-        const u32 moved = field < 2 ? word : word >> 8;
-        return field % 2 ? minus(masked<0x00F000F0>(moved, magic.high), s.high) : minus(masked<0x000F000F>(moved, magic.low), s.low);
-    }
-    u32 levels = minus(masked<0x00FF00FF>(word >> (8 * field), magic.low), s.low);
-    if (BRAIN) {
-        const float low = float_of(levels & 0xFFFF, false), high = float_of(levels >> 16, false);
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(levels) : "f"(high), "f"(low));
-    }
-    return levels;
+    constexpr u32 lower = BITS == 4 ? 0x000F000F : 0x00FF00FF, upper = 0x00F000F0;
+    const u32 moved = word >> (BITS * field & 8);
+    const bool high = BITS == 4 && field % 2;
+    constexpr u32 from_low = 0x7F007F00, from_high = 0x7D007D00;  // 2^127 and 2^123
+    if (BRAIN) return high ? fused(moved & upper, from_high, s.low) : fused(moved & lower, from_low, s.low);
+    return high ? minus(masked<upper>(moved, magic.high), s.high) : minus(masked<lower>(moved, magic.low), s.low);
 }
 
-// Their weights.
+// Their weights, in the same units.
 __device__ __forceinline__ u32 weights_of(u32 word, int field, const Scale& s, const Magic& magic) {
     u32 levels = levels_of(word, field, s, magic);
     if (BRAIN) return fused(levels, s.near, SCALES ? 0x80008000 : fused(levels, s.lost, 0x80008000));
@@ -122,9 +122,10 @@ __device__ __forceinline__ u32 weights_of(u32 word, int field, const Scale& s, c
     return levels;
 }
 
-// Two sums, rounded to the activations' type.
+// Two sums, which were in units, rounded to the activations' type.
 __device__ __forceinline__ u32 rounded(float low, float high) {
     u32 d;
+    low *= UNIT, high *= UNIT;
     if (BRAIN) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;

@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         Scale s;
 #pragma unroll
         for (int step = 0; step < 2 * FIELDS; ++step) {
-            if (step * 16 % GROUP == 0) s = scale_of(at + step * 16 / GROUP * (1 + ZEROS) * 2);
+            if (step * 16 % GROUP == 0) s = scale_of(at + step * 16 / GROUP * (1 + ZEROS) * 2, UNIT);
 #pragma unroll
             for (int eight = 0; eight < 2; ++eight)
                 tile[out * PITCH + part * (CHUNK / 2) + step * 8 + eight * 4 + lane] =

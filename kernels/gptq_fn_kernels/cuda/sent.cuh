@@ -19,7 +19,7 @@ __device__ __forceinline__ void send(u32 far, u32 far_barrier, const float* v) {
 
 // Of the four threads that share an output of a share, those whose rows there are.
 __device__ __forceinline__ int live_lanes(int share, int row0, int m) {
-    return max(0, min(4, (m - row0 - share % SHARES * 8 + 1) / 2));
+    return max(0, min(4, (m - row0 - share * 8 + 1) / 2));
 }
 
 // Whose a share is: the l-th of block `owner`, where it is added up by the warpgroups in turn.
@@ -91,8 +91,9 @@ __device__ __forceinline__ void add_up(Sums& sums, const Ring& ring, u32 barrier
         hold(total, held + turn.l * SHARE_BYTES);
     }
     warpgroup_barrier();
+#pragma unroll 1
     for (int l = place.part + threadIdx.x % 128 / 64 * PARTS; l < count; l += 2 * PARTS) {
-        const int row = row0 + (first + l) % SHARES * 8 + threadIdx.x / 8 % 8;
+        const int row = row0 + (first + l) * 8 + threadIdx.x / 8 % 8;
         write_row(held + l * SHARE_BYTES, row, out0 + group * 64, y, m, n);
     }
 }
